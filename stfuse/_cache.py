@@ -1,0 +1,132 @@
+"""Signature to compiled step; buckets; measured step times.
+
+A signature holds shapes and structure only, never a job's name or identity: tenants
+that come and go, and engines of other policies, share what was compiled once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+from stfuse._types import Bucket
+
+
+def next_power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def powers_of_two(limit: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, ... and ``limit`` itself, ascending."""
+    below = [1 << i for i in range(limit.bit_length()) if 1 << i < limit]
+    return (*below, limit)
+
+
+def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bucket]:
+    """Return the shapes that a lane is compiled for.
+
+    Every species alone at one slot (a lone request pays for nobody else), and all
+    species together at 1, 2, 4, ... slots each, bounded by their capacity; each at 1,
+    2, 4, ... rows. The first one covers the most: all work can run in it until the
+    others are ready.
+
+    Args:
+        capacities: slots of each species' bank.
+        max_slots: most slots of one step, over all species.
+        max_rows: most rows of a slot.
+
+    Example:
+        >>> [str(b) for b in buckets((2, 1), 64, 2)]
+        ['2+1x2', '0+1x1', '0+1x2', '1+0x1', '1+0x2', '1+1x1', '1+1x2', '2+1x1']
+    """
+    shapes = set()
+    for i in range(len(capacities)):
+        shapes.add(tuple(int(i == j) for j in range(len(capacities))))
+    for k in powers_of_two(max(capacities)):
+        together = tuple(min(k, c) for c in capacities)
+        if sum(together) <= max_slots:
+            shapes.add(together)
+    found = sorted(
+        Bucket(slots, rows) for slots in shapes for rows in powers_of_two(max_rows)
+    )
+    largest = max(found, key=lambda b: (sum(b.slots), b.rows))
+    return [largest, *(b for b in found if b != largest)]
+
+
+class StepCache:
+    """Bounded memory of compiled steps; concurrent callers compile a signature once."""
+
+    def __init__(self, max_entries: int = 512) -> None:
+        """Start empty; the least recently used entry leaves first."""
+        self._max_entries = max_entries
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, Future[Any]] = OrderedDict()
+        self.num_compiles = 0
+
+    def get(self, signature: Hashable, build_fn: Callable[[], Any]) -> Any:
+        """Return the compiled step of a signature, building it if it is new.
+
+        Args:
+            signature: shapes, structure, device and options.
+            build_fn: traces and compiles; may raise, and is then tried anew next time.
+
+        Returns:
+            What ``build_fn`` returned.
+        """
+        with self._lock:
+            entry = self._entries.get(signature)
+            is_mine = entry is None
+            if entry is None:
+                entry = self._entries[signature] = Future()
+            self._entries.move_to_end(signature)
+            while len(self._entries) > self._max_entries:
+                self._entries.popitem(last=False)
+        if is_mine:
+            try:
+                entry.set_result(build_fn())
+                self.num_compiles += 1
+            except BaseException as error:
+                with self._lock:
+                    self._entries.pop(signature, None)
+                entry.set_exception(error)
+        return entry.result()
+
+
+def config_key() -> tuple[Hashable, ...]:
+    """Return the JAX settings that change what a trace compiles to."""
+    names = ("jax_enable_x64", "jax_default_matmul_precision")
+    return tuple(getattr(jax.config, name) for name in names)
+
+
+STEPS = StepCache()
+
+
+class CostTable:
+    """Measured step times by bucket, seconds: a median of the last few.
+
+    Medians forget a stall (a first call, a preempted thread) that a mean would keep.
+    """
+
+    def __init__(self, window: int = 16) -> None:
+        """Start empty; keep the last ``window`` measurements of each bucket."""
+        self._window = window
+        self._seen_s: dict[Hashable, list[float]] = {}
+        self._median_s: dict[Hashable, float] = {}
+
+    def record(self, key: Hashable, step_s: float) -> float:
+        """Add a measurement; return the new prediction."""
+        seen_s = self._seen_s.setdefault(key, [])
+        seen_s.append(step_s)
+        del seen_s[: -self._window]
+        self._median_s[key] = sorted(seen_s)[len(seen_s) // 2]
+        return self._median_s[key]
+
+    def predict(self, key: Hashable) -> float | None:
+        """Return the predicted step time, or None before the first measurement."""
+        return self._median_s.get(key)

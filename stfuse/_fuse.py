@@ -1,0 +1,398 @@
+"""fuse: jobs to one callable that answers for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stfuse import _bank, _cost, _lower, _tree
+from stfuse._align import Plan, align
+from stfuse._bank import Bank
+from stfuse._cache import next_power_of_two
+from stfuse._errors import JobError, RequestError
+from stfuse._job import Job, check_inputs
+from stfuse._step import make_step
+from stfuse._trace import Trace, trace, trace_vjp
+from stfuse._types import Cost
+
+# Where an answer stands: job name, species, slot of the step, rows.
+Place = tuple[str, int, int, int]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slots", "inputs"],
+    meta_fields=["places"],
+)
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Inputs of a step: one buffer per input leaf of each species.
+
+    Attributes:
+        slots: per species int32 ``[K]``, which bank slot each slot of the step uses;
+            None for all of them in order.
+        inputs: per species its leaves ``[K, B, ...]``; None where it takes no part.
+        places: whose rows stand where.
+    """
+
+    slots: tuple[Any, ...]
+    inputs: tuple[Any, ...]
+    places: tuple[Place, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["places"]
+)
+@dataclasses.dataclass(frozen=True)
+class StackedOutputs:
+    """Outputs of a step.
+
+    Attributes:
+        leaves: per species its leaves ``[K, B, ...]``; None where it took no part.
+        places: whose rows stand where.
+    """
+
+    leaves: tuple[Any, ...]
+    places: tuple[Place, ...]
+
+
+def fuse(
+    jobs: Sequence[Job],
+    *,
+    max_waste: float | None = None,
+    lowering: str = "auto",
+    cost: str | Cost = "auto",
+) -> Fused:
+    """Fuse jobs into one step: ``map`` with fewer kernels.
+
+    Jobs with equal programs are stacked and share every launch; others run in the same
+    compiled step, in stacks of their own. Either way ``fuse(jobs)(bank, inputs)[name]``
+    equals ``jobs[name].apply_fn(params[name], inputs[name])``.
+
+    Args:
+        jobs: one or more `Job`, with names that differ.
+        max_waste: most padded work over true work, minus one, of any launch; None
+            leaves it to the cost model. Stacks of equal jobs waste nothing.
+        lowering: ``"auto"`` picks how each launch is computed for the device of
+            ``cost``; ``"native"`` always maps the primitive itself.
+        cost: ``"auto"`` (measured on the live device), ``"h200"``, ``"cpu"`` or a
+            `Cost`. Planning for a device that is not here still gives exact answers.
+
+    Returns:
+        The fused callable.
+
+    Raises:
+        JobError: no jobs, something that is no `Job`, or two of one name.
+        ValueError: an option is out of range.
+
+    Source:
+        Jain et al., Dynamic Space-Time Scheduling for GPU Inference, 2018,
+        arXiv:1901.00041, section 3 (inter-model kernel merging).
+
+    Example:
+        >>> def linear(w, x):
+        ...     return x @ w
+        >>> x = np.ones((1, 2), "f")
+        >>> weights = {"a": np.zeros((2, 2), "f"), "b": np.ones((2, 2), "f")}
+        >>> jobs = [Job(name, linear, w, x) for name, w in weights.items()]
+        >>> fused = fuse(jobs, cost="cpu")
+        >>> bank = fused.pack()
+        >>> fused(bank, {"a": x, "b": x})["b"].tolist()
+        [[2.0, 2.0]]
+        >>> fused.plan.num_launches
+        1
+    """
+    jobs = tuple(jobs)
+    for job in jobs:
+        if not isinstance(job, Job):
+            found = type(job).__name__
+            raise JobError(f"`stfuse.fuse`: found a {found}; pass `stfuse.Job`s.")
+    names = [job.name for job in jobs]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if not jobs or twice:
+        what = f"the names {twice} twice" if twice else "no jobs"
+        raise JobError(
+            f"`stfuse.fuse`: found {what}; pass one or more jobs, each named once.",
+            jobs=tuple(twice),
+        )
+    if max_waste is not None and not max_waste >= 0:
+        raise ValueError(
+            f"`stfuse.fuse`: max_waste is {max_waste!r}; pass a number >= 0, or None."
+        )
+    if lowering not in _lower.LOWERINGS:
+        raise ValueError(
+            f"`stfuse.fuse`: lowering is {lowering!r}; pass one of {_lower.LOWERINGS}."
+        )
+    return Fused(jobs, lowering, _cost.resolve(cost))
+
+
+class Fused:
+    """The fused step of some jobs. Made by `fuse`; holds no arrays but the jobs' own.
+
+    Attributes:
+        jobs: the jobs by name, in the order they were given.
+        plan: which launches they share.
+    """
+
+    def __init__(self, jobs: tuple[Job, ...], lowering: str, cost: Cost) -> None:
+        """Trace, plan and build the step; nothing is compiled yet."""
+        self.jobs: Mapping[str, Job] = {job.name: job for job in jobs}
+        self._traces = {job.name: trace(job) for job in jobs}
+        plan = align(tuple(self.jobs), tuple(self._traces.values()), cost)
+        self._species = plan.species
+        self._where = {
+            plan.names[member]: (s, slot)
+            for s, one in enumerate(plan.species)
+            for slot, member in enumerate(one.members)
+        }
+        self.plan: Plan = self._with_lowerings(plan, lowering)
+        step = make_step(
+            [one.trace for one in plan.species],
+            cost=cost,
+            lowering=lowering,
+            vjps=[self._vjps(s) for s in range(len(plan.species))],
+        )
+        self._step = jax.jit(step)
+
+    def pack(self, params: Mapping[str, Any] | None = None) -> Bank:
+        """Stack the jobs' parameters on the device.
+
+        Args:
+            params: ``{name: params}`` to use instead of the jobs' own; may name some.
+
+        Returns:
+            The bank: per leaf one array, ``[J, ...]``, or ``[...]`` if all share it.
+
+        Raises:
+            JobError: an unknown name, or params unlike the job's.
+        """
+        params = dict(params or {})
+        for name in params:
+            self._job("stfuse.Fused.pack", name)
+        columns = {
+            name: self._leaves(name, params.get(name, job.params))
+            for name, job in self.jobs.items()
+        }
+        return Bank(
+            tuple(
+                _bank.pack(
+                    [columns[self.plan.names[m]] for m in one.members],
+                    one.trace.param_specs,
+                    len(one.members),
+                )
+                for one in self._species
+            )
+        )
+
+    def swap(self, bank: Bank, name: str, new_params: Any) -> Bank:
+        """Return the bank with one job's parameters replaced; the old one stays valid.
+
+        Nothing is recompiled, unless a leaf that all jobs shared stops being equal:
+        it gets slots then, and the next call compiles once for that.
+
+        Args:
+            bank: from `pack` or `swap`.
+            name: the job.
+            new_params: pytree like the job's params.
+
+        Returns:
+            The new bank.
+
+        Raises:
+            JobError: an unknown name, or params unlike the job's.
+        """
+        self._job("stfuse.Fused.swap", name)
+        s, slot = self._where[name]
+        specs = self._species[s].trace.param_specs
+        new, capacity = self._leaves(name, new_params), len(self._species[s].members)
+        if capacity == 1:
+            leaves = _bank.pack([new], specs, 1)
+        else:
+            leaves = _bank.unshare(bank.stacks[s], specs, capacity, new)
+            leaves = _bank.write(leaves, specs, slot, new)
+        stacks = list(bank.stacks)
+        stacks[s] = leaves
+        return Bank(tuple(stacks))
+
+    def stack(self, inputs: Mapping[str, Any]) -> Stacked:
+        """Stage inputs as the step takes them: one buffer per input leaf.
+
+        Rows are padded to the next power of two, and so are the slots of a subset;
+        padding repeats a job's own first row, which keeps its gradient finite.
+
+        Args:
+            inputs: ``{name: inputs}`` for the jobs to answer for; rows may differ.
+
+        Returns:
+            The staged inputs; NumPy on the host unless traced.
+
+        Raises:
+            RequestError: an unknown name, or inputs unlike the job's example.
+        """
+        call = "stfuse.Fused.stack"
+        if not inputs:
+            raise RequestError(f"`{call}`: found no inputs; name at least one job.")
+        found: list[dict[int, tuple[str, list[Any], int]]] = [{} for _ in self._species]
+        for name, x in inputs.items():
+            job = self._job(call, name, RequestError)
+            s, slot = self._where[name]
+            found[s][slot] = (name, *check_inputs(job, x, call=call))
+        slots, buffers, places = [], [], []
+        for s, members in enumerate(found):
+            index, staged, placed = self._stage(s, members)
+            slots.append(index)
+            buffers.append(staged)
+            places.extend(placed)
+        return Stacked(tuple(slots), tuple(buffers), tuple(places))
+
+    def step(self, bank: Bank, stacked: Stacked) -> StackedOutputs:
+        """Run the fused step; pure, compiled once per shape.
+
+        Args:
+            bank: the parameters.
+            stacked: from `stack`.
+
+        Returns:
+            The outputs, still stacked.
+        """
+        leaves = self._step(bank.stacks, stacked.slots, stacked.inputs)
+        return StackedOutputs(leaves, stacked.places)
+
+    def split(self, stacked: StackedOutputs) -> dict[str, Any]:
+        """Cut a step's outputs into ``{name: outputs}``, on the host unless traced."""
+        leaves = [
+            None if species is None else [_to_host(x) for x in species]
+            for species in stacked.leaves
+        ]
+        return {
+            name: self._cut(name, leaves[s] or [], slot, rows)
+            for name, s, slot, rows in stacked.places
+        }
+
+    def __call__(self, bank: Bank, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer for the named jobs: `stack`, `step`, `split`.
+
+        Works inside ``jit``, ``scan``, ``while_loop``, ``vmap`` and under ``grad``
+        with respect to the bank (reverse mode, first order).
+
+        Args:
+            bank: from `pack` or `swap`.
+            inputs: ``{name: inputs}`` for some or all jobs.
+
+        Returns:
+            ``{name: outputs}``, equal to each job's own.
+
+        Raises:
+            RequestError: as `stack`.
+        """
+        return self.split(self.step(bank, self.stack(inputs)))
+
+    def _job(self, call: str, name: str, error: type = JobError) -> Job:
+        if name not in self.jobs:
+            raise error(
+                f"`{call}`: found job '{name}'; it has {', '.join(self.jobs)}.",
+                jobs=(str(name),),
+            )
+        return self.jobs[name]
+
+    def _leaves(self, name: str, params: Any) -> list[Any]:
+        """Return a job's parameters in trace order, closed-over arrays last."""
+        return [*self.jobs[name].flatten_params(params), *self._traces[name].consts]
+
+    def _stage(
+        self, s: int, members: dict[int, tuple[str, list[Any], int]]
+    ) -> tuple[Any, Any, list[Place]]:
+        """Return one species' slots, buffers and places."""
+        if not members:
+            return None, None, []
+        capacity = len(self._species[s].members)
+        used = sorted(members)
+        rows = next_power_of_two(max(n for _, _, n in members.values()))
+        index = None
+        if len(used) < capacity:
+            num_slots = min(next_power_of_two(len(used)), capacity)
+            used += used[:1] * (num_slots - len(used))
+            index = np.asarray(used, np.int32)
+        specs = self._species[s].trace.input_specs
+        buffers = tuple(
+            _fill([members[slot][1][i] for slot in used], rows, spec)
+            for i, spec in enumerate(specs)
+        ) or (np.zeros((len(used), rows), np.int8),)
+        places = [
+            (members[slot][0], s, k, members[slot][2])
+            for k, slot in enumerate(used[: len(members)])
+        ]
+        return index, buffers, places
+
+    def _cut(self, name: str, leaves: list[Any], slot: int, rows: int) -> Any:
+        job = self.jobs[name]
+        cut = slice(0, rows) if job.batched else 0
+        own = [
+            np.array(x[slot, cut]) if isinstance(x, np.ndarray) else x[slot, cut]
+            for x in leaves
+        ]
+        return jax.tree.unflatten(jax.tree.structure(job.outputs), own)
+
+    def _vjps(self, s: int) -> Any:
+        """Return a species' derivative programs by rows, and each slot's variant."""
+        names = [self.plan.names[m] for m in self._species[s].members]
+        # Equal programs may still have custom derivatives that differ.
+        functions = {id(self.jobs[n].jaxpr): self.jobs[n] for n in names}
+        order = list(functions)
+        variants = tuple(order.index(id(self.jobs[n].jaxpr)) for n in names)
+
+        @functools.cache
+        def vjp_fn(rows: int) -> list[Trace]:
+            traces = [trace_vjp(job, rows) for job in functions.values()]
+            is_one = len({t.key for t in traces}) == 1
+            return traces[:1] if is_one else traces
+
+        return vjp_fn, variants
+
+    def _with_lowerings(self, plan: Plan, lowering: str) -> Plan:
+        """Fill in how each launch is computed at one row."""
+        launches = iter(plan.launches)
+        chosen = []
+        for one in plan.species:
+            for op in one.trace.ops:
+                if op.is_heavy:
+                    name = _lower.choose(
+                        op,
+                        [True] * len(op.inputs),
+                        num_slots=len(one.members),
+                        rows=1,
+                        cost=plan.cost,
+                        mode=lowering,
+                    )
+                    chosen.append(dataclasses.replace(next(launches), lowering=name))
+        return dataclasses.replace(plan, launches=tuple(chosen))
+
+
+def _fill(leaves: list[Any], rows: int, spec: jax.ShapeDtypeStruct) -> Any:
+    """Return ``[K, B, ...]`` from leaves of fewer rows each."""
+    if any(_tree.is_tracer(x) for x in leaves):
+        return jnp.stack([_repeat_first(jnp.asarray(x), rows) for x in leaves])
+    buffer = np.empty((len(leaves), rows, *spec.shape), spec.dtype)
+    for k, x in enumerate(leaves):
+        buffer[k, : len(x)] = x
+        buffer[k, len(x) :] = x[:1]
+    return buffer
+
+
+def _repeat_first(x: Any, rows: int) -> Any:
+    missing = rows - x.shape[0]
+    if not missing:
+        return x
+    return jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
+
+
+def _to_host(x: Any) -> Any:
+    if _tree.is_tracer(x) or _tree.is_typed_key(x):
+        return x
+    return np.asarray(x)

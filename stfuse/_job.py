@@ -1,0 +1,373 @@
+"""Job: one model as its owner hands it in, checked when built."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import weakref
+from collections.abc import Hashable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stfuse import _tree
+from stfuse._errors import JobError, RequestError
+from stfuse._types import ApplyFn
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Tracing is the dearest part of building a job, and many tenants share a function.
+# Weak keys: a forgotten function takes its trace (and closed-over arrays) with it.
+_TRACED: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One model to be served: a pure function, its parameters, and a sample input.
+
+    With ``batched=True`` the function takes rows: every input and output leaf has a
+    leading axis B. It is traced at one row and stfuse maps the rows itself, so an
+    answer never depends on who shares its batch. With ``batched=False`` the function
+    is called on ``inputs`` as they are.
+
+    Args:
+        name: 1 to 64 of ``A-Z a-z 0-9 . _ -``; unique in an engine.
+        apply_fn: pure ``(params, inputs) -> outputs`` over pytrees; must trace.
+        params: pytree of arrays or ``jax.ShapeDtypeStruct``; never copied here.
+        example: pytree of arrays or specs like one request's inputs, ``[B, ...]`` for
+            any B when batched. Only shapes and dtypes are read.
+        slo_s: default deadline of a request, seconds from its submission.
+        weight: share of the device among tenants without deadlines.
+        batched: whether inputs and outputs have a row axis.
+
+    Attributes:
+        row: ``example`` as specs, without the row axis.
+        outputs: outputs as specs, without the row axis.
+        jaxpr: the traced function of ``(params, row)``; only `_trace` reads it.
+
+    Raises:
+        JobError: any argument is unusable; the message names the leaf, says what was
+            found and what to pass.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> job = Job("double", lambda p, x: p * x, jnp.full((), 2.0), jnp.ones((1, 3)))
+        >>> job.row.shape, job.outputs.shape
+        ((3,), (3,))
+    """
+
+    name: str
+    apply_fn: ApplyFn = field(repr=False)
+    params: Any = field(repr=False)
+    example: Any = field(repr=False)
+    _: KW_ONLY
+    slo_s: float | None = None
+    weight: float = 1.0
+    batched: bool = True
+    row: Any = field(init=False)
+    outputs: Any = field(init=False)
+    jaxpr: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check every argument, then trace at one row."""
+        _check_options(self)
+        _check_leaves(self, "params", self.params)
+        _check_leaves(self, "example", self.example)
+        object.__setattr__(self, "row", _row_specs(self))
+        jaxpr, outputs = _traced(self)
+        object.__setattr__(self, "jaxpr", jaxpr)
+        object.__setattr__(self, "outputs", outputs)
+
+    @classmethod
+    def from_linen(
+        cls, name: str, module: Any, variables: Any, example: Any, **apply_kwargs: Any
+    ) -> Job:
+        """Build a job from a Flax Linen module.
+
+        Args:
+            name: the job's name.
+            module: a ``flax.linen.Module``; called as ``module.apply(variables, x)``.
+            variables: its variable collections (``params``, ``batch_stats``, ...).
+            example: a batch of inputs, ``[B, ...]`` per leaf.
+            **apply_kwargs: passed on to ``module.apply``, for example ``train=False``.
+
+        Returns:
+            The job. Use ``dataclasses.replace`` to set its SLO or weight.
+
+        Raises:
+            JobError: as for the constructor.
+        """
+        return cls(name, _linen_fn(module, apply_kwargs), variables, example)
+
+    @classmethod
+    def from_nnx(cls, name: str, model: Any, example: Any) -> Job:
+        """Build a job from a Flax NNX model, in the mode (train, eval) that it is in.
+
+        Args:
+            name: the job's name.
+            model: an ``nnx.Module``; split here, so later changes to it do not count.
+            example: a batch of inputs, ``[B, ...]`` per leaf.
+
+        Returns:
+            The job; its params are the model's state as a plain nested dict.
+
+        Raises:
+            JobError: as for the constructor.
+        """
+        from flax import nnx
+
+        graphdef, state = nnx.split(model)
+        return cls(name, _nnx_fn(graphdef), nnx.to_pure_dict(state), example)
+
+    def flatten_params(self, params: Any) -> list[Any]:
+        """Return params' leaves in trace order, checked against the job's.
+
+        Raises:
+            JobError: a leaf is missing, unexpected, a spec, or of another shape.
+        """
+        difference = _tree.first_difference(self.params, params)
+        if difference is not None:
+            raise JobError(
+                f"job '{self.name}': params do not fit: {difference}. Pass params of "
+                f"the structure, shapes and dtypes that the job was built with.",
+                jobs=(self.name,),
+            )
+        for path, leaf in _tree.leaves_with_paths(params):
+            if _tree.is_spec(leaf):
+                raise JobError(
+                    f"job '{self.name}': params leaf '{path}' is only a shape, "
+                    f"{_tree.describe(leaf)}; pass `pack({{'{self.name}': params}})` "
+                    f"with arrays.",
+                    jobs=(self.name,),
+                )
+        return jax.tree.leaves(params)
+
+
+def check_inputs(
+    job: Job, inputs: Any, *, call: str, copy: bool = False
+) -> tuple[list[Any], int]:
+    """Return one request's input leaves as ``[B, ...]`` arrays, and B.
+
+    Args:
+        job: whose request it is.
+        inputs: pytree like ``job.example``. Arrays must have the declared dtype;
+            Python numbers and lists are converted to it.
+        call: the public call to name in errors.
+        copy: whether the caller may change its arrays afterwards.
+
+    Returns:
+        Leaves (NumPy arrays, or tracers as they came) and their number of rows; an
+        unbatched job's inputs come back as one row.
+
+    Raises:
+        RequestError: names the leaf, what was found and what was expected.
+    """
+    structure = jax.tree.structure(job.row)
+    try:
+        found = structure.flatten_up_to(inputs)
+    except (ValueError, TypeError) as error:
+        difference = _tree.first_difference(job.row, inputs) or str(error)
+        raise _refused(call, job, f"inputs do not fit: {difference}") from None
+    declared = _tree.leaves_with_paths(job.example)
+    rows: int | None = None
+    leaves = []
+    for (path, example), row, x in zip(
+        declared, jax.tree.leaves(job.row), found, strict=True
+    ):
+        where = f"inputs leaf '{path}'" if path else "inputs"
+        leaf = _to_array(call, job, where, example, row, x, copy)
+        expected = ("B", *row.shape) if job.batched else row.shape
+        shape = leaf.shape if job.batched else (1, *leaf.shape)
+        if len(shape) != len(row.shape) + 1 or shape[1:] != row.shape:
+            want = ",".join(map(str, expected))
+            raise _refused(
+                call, job, f"{where} is {_tree.describe(leaf)}; expected [{want}]"
+            )
+        if job.batched and leaf.shape[0] == 0:
+            raise _refused(call, job, f"{where} has no rows; expected at least one")
+        if rows is not None and shape[0] != rows:
+            raise _refused(
+                call, job, f"{where} has {shape[0]} rows; the first leaf has {rows}"
+            )
+        rows = shape[0]
+        leaves.append(leaf if job.batched else leaf[None])
+    return leaves, 1 if rows is None else rows
+
+
+def _refused(call: str, job: Job, what: str) -> RequestError:
+    return RequestError(f"`{call}`: job '{job.name}': {what}.", jobs=(job.name,))
+
+
+_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
+
+
+def _kind(dtype: Any) -> int:
+    """Return the rank of a dtype's kind; a lower one converts without loss of kind."""
+    return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), 9)
+
+
+def _to_array(
+    call: str, job: Job, where: str, example: Any, row: Any, x: Any, copy: bool
+) -> Any:
+    """Return one leaf with the dtype that the trace expects, or refuse it."""
+    declared = np.dtype(example.dtype) if hasattr(example, "dtype") else row.dtype
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        if x.dtype not in (declared, row.dtype):
+            # A foreign byte order prints like the native one: show its code.
+            found = x.dtype.str if x.dtype.kind != "V" else x.dtype
+            raise _refused(
+                call, job, f"{where} has dtype {found}; expected {declared} (native)"
+            )
+        if _tree.is_tracer(x):
+            return x
+        return np.array(x, row.dtype, order="C", copy=copy or None)
+    try:
+        raw = np.asarray(x)
+        if raw.dtype.kind in "OSUMmV" or _kind(raw.dtype) > _kind(row.dtype):
+            raise TypeError(f"{raw.dtype} does not convert to {row.dtype}")
+        return np.array(x, row.dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        found = type(x).__name__
+        raise _refused(
+            call, job, f"{where} is a {found}; expected {declared} array ({error})"
+        ) from None
+
+
+def _unusable(job: Job, what: str) -> JobError:
+    return JobError(f"`stfuse.Job`: job '{job.name}': {what}.", jobs=(str(job.name),))
+
+
+def _is_positive(x: Any) -> bool:
+    number = isinstance(x, int | float | np.number) and not isinstance(x, bool)
+    return bool(number and math.isfinite(x) and x > 0)
+
+
+def _check_options(job: Job) -> None:
+    if not isinstance(job.name, str) or not _NAME.fullmatch(job.name):
+        raise _unusable(job, "name must be 1 to 64 of A-Z a-z 0-9 . _ -")
+    if not callable(job.apply_fn):
+        found = type(job.apply_fn).__name__
+        raise _unusable(job, f"apply_fn is a {found}; pass a function (params, inputs)")
+    if not _is_positive(job.weight):
+        raise _unusable(job, f"weight is {job.weight!r}; pass a positive number")
+    if job.slo_s is not None and not _is_positive(job.slo_s):
+        raise _unusable(job, f"slo_s is {job.slo_s!r}; pass seconds > 0, or None")
+
+
+def _check_leaves(job: Job, what: str, tree: Any) -> None:
+    for path, leaf in _tree.leaves_with_paths(tree):
+        if not _tree.is_arraylike(leaf):
+            found = _tree.describe(leaf)
+            raise _unusable(
+                job, f"{what} leaf '{path}' is a {found}; pass an array or a spec"
+            )
+        if _tree.is_tracer(leaf):
+            raise _unusable(job, f"{what} leaf '{path}' is traced; build jobs outside")
+        if what == "example" and _tree.is_typed_key(leaf):
+            raise _unusable(
+                job,
+                f"example leaf '{path}' is a typed PRNG key; pass "
+                f"jax.random.key_data(key) and wrap it inside apply_fn",
+            )
+
+
+def _row_specs(job: Job) -> Any:
+    """Return the example as specs of one row."""
+    leaves = _tree.leaves_with_paths(job.example)
+    specs = [_tree.spec_of(leaf) for _, leaf in leaves]
+    if job.batched:
+        if not leaves:
+            raise _unusable(job, "example has no arrays, so no rows; use batched=False")
+        for (path, leaf), spec in zip(leaves, specs, strict=True):
+            if spec.ndim == 0 or spec.shape[:1] != specs[0].shape[:1]:
+                raise _unusable(
+                    job,
+                    f"example leaf '{path}' is {_tree.describe(leaf)}; every leaf "
+                    f"needs the same leading row axis (or use batched=False)",
+                )
+        specs = [jax.ShapeDtypeStruct(s.shape[1:], s.dtype) for s in specs]
+    return jax.tree.unflatten(jax.tree.structure(job.example), specs)
+
+
+def _traced(job: Job) -> tuple[Any, Any]:
+    """Return the job's jaxpr and output specs, from memory where possible."""
+
+    def row_fn(params: Any, row: Any) -> Any:
+        if not job.batched:
+            return job.apply_fn(params, row)
+        out = job.apply_fn(params, jax.tree.map(lambda x: x[None], row))
+        for path, leaf in _tree.leaves_with_paths(out):
+            if np.shape(leaf)[:1] != (1,):
+                raise _unusable(
+                    job,
+                    f"output leaf '{path}' is {_tree.describe(leaf)} for one row of "
+                    f"inputs; expected a leading row axis, [1, ...]. Return rows, or "
+                    f"use batched=False",
+                )
+        return jax.tree.map(lambda x: x[0], out)
+
+    # A Python number stays one: its weak type decides dtypes inside the model.
+    params = jax.tree.map(
+        lambda x: _tree.spec_of(x) if hasattr(x, "dtype") else x, job.params
+    )
+    specs, structure = jax.tree.flatten((params, job.row))
+    weak = (type(s) if not hasattr(s, "dtype") else (s.shape, s.dtype) for s in specs)
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+    key = (*weak, structure, job.batched, precision, jax.config.jax_enable_x64)  # pyright: ignore
+    try:
+        memo = _TRACED.setdefault(job.apply_fn, {})
+    except TypeError:  # not hashable or not weakly referable: trace it each time
+        memo = {}
+    if key not in memo:
+        try:
+            memo[key] = jax.make_jaxpr(row_fn, return_shape=True)(params, job.row)
+        except JobError:
+            raise
+        except Exception as error:
+            text = str(error).strip().split("\n")[0]
+            raise _unusable(
+                job,
+                f"apply_fn does not trace on {_texts(job.row)}"
+                f"{' (one row)' if job.batched else ''}: "
+                f"{type(error).__name__}: {text}",
+            ) from error
+    return memo[key]
+
+
+def _texts(tree: Any) -> str:
+    return ", ".join(
+        f"{path or 'inputs'}: {_tree.describe(leaf)}"
+        for path, leaf in _tree.leaves_with_paths(tree)
+    )
+
+
+def _linen_fn(module: Any, apply_kwargs: dict[str, Any]) -> ApplyFn:
+    """Return one function per equal module, so that tenants share its trace."""
+    try:
+        return _cached_linen_fn(module, tuple(sorted(apply_kwargs.items())))
+    except TypeError:  # unhashable module fields or keyword arguments
+        return functools.partial(_apply_linen, module, apply_kwargs)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_linen_fn(module: Any, kwargs: tuple[tuple[str, Any], ...]) -> ApplyFn:
+    return functools.partial(_apply_linen, module, dict(kwargs))
+
+
+def _apply_linen(module: Any, kwargs: dict[str, Any], variables: Any, x: Any) -> Any:
+    return module.apply(variables, x, **kwargs)
+
+
+@functools.lru_cache(maxsize=64)
+def _nnx_fn(graphdef: Any) -> ApplyFn:
+    from flax import nnx
+
+    def apply_fn(state: Any, x: Any) -> Any:
+        return nnx.merge(graphdef, state)(x)
+
+    return apply_fn

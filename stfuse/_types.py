@@ -1,0 +1,125 @@
+"""The vocabulary: shapes legend, small frozen records, protocols. No logic.
+
+Axes, used by every docstring:
+    J  jobs of one species (rows of a parameter stack in use)
+    K  slots of one step (which parameters), K <= capacity of the stack
+    B  rows per slot (requests' rows, padded up to the bucket)
+
+A *species* is all jobs whose traces are equal; a *lane* is a group of jobs that are
+served by one compiled step; a *bucket* is the shape that a step was compiled for.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+ApplyFn = Callable[[Any, Any], Any]
+Clock = Callable[[], float]
+
+
+class Policy(enum.Enum):
+    """Who shares the device, and when.
+
+    Attributes:
+        EXCLUSIVE: one model at a time, its own requests batched.
+        TIME: one request at a time, round robin over tenants.
+        SPACE_TIME: requests of many tenants in one fused step.
+    """
+
+    EXCLUSIVE = "exclusive"
+    TIME = "time"
+    SPACE_TIME = "space-time"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """The shape of one compiled step.
+
+    Attributes:
+        slots: K of each species of the lane, 0 where a species takes no part.
+        rows: B, rows per slot.
+    """
+
+    slots: tuple[int, ...]
+    rows: int
+
+    def __str__(self) -> str:
+        """Print as ``16+8x4``: slots of each species, then rows per slot."""
+        return f"{'+'.join(map(str, self.slots))}x{self.rows}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the planner knows of a device.
+
+    Attributes:
+        launch_s: fixed cost of one kernel launch inside a step, seconds.
+        bytes_per_s: memory bandwidth, bytes read plus written.
+        flops_per_s: dense matrix rate.
+        source: where the numbers come from.
+    """
+
+    launch_s: float
+    bytes_per_s: float
+    flops_per_s: float
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        """Refuse rates that no device has."""
+        if min(self.launch_s, self.bytes_per_s, self.flops_per_s) <= 0:
+            raise ValueError(
+                f"`stfuse.Cost`: found {self}; every rate must be positive."
+            )
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """Return the roofline time of one launch."""
+        work_s = max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
+        return self.launch_s + work_s
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one served step did; the engine writes it, the metrics fold it.
+
+    Attributes:
+        lane: the lane that ran.
+        bucket: the compiled shape that ran.
+        step_s: measured device time of the step, seconds.
+        predicted_s: what the cost table said before it ran, seconds.
+        rows: true rows per tenant.
+        latencies_s: per tenant, seconds from submit to answer of each request.
+        late: per tenant, answers given after their deadline.
+    """
+
+    lane: str
+    bucket: Bucket
+    step_s: float
+    predicted_s: float
+    rows: dict[str, int]
+    latencies_s: dict[str, tuple[float, ...]]
+    late: dict[str, int]
+
+
+class Device(Protocol):
+    """What the engine asks of a device; `stfuse.testing.FakeDevice` is another one."""
+
+    def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
+        """Compile ``step_fn`` ahead of time for arguments like ``specs``."""
+        ...
+
+    def put(self, tree: Any) -> Any:
+        """Copy host arrays to the device, one transfer."""
+        ...
+
+    def launch(
+        self, compiled: Callable[..., Any], bank: Any, slots: Any, inputs: Any
+    ) -> Any:
+        """Start a step over host buffers; return without waiting for it."""
+        ...
+
+    def read(self, outputs: Any) -> Sequence[Sequence[Any]]:
+        """Wait for a step's outputs and return them as host arrays."""
+        ...
