@@ -13,6 +13,7 @@
 
 from stfuse._align import Launch, Plan
 from stfuse._bank import Bank
+from stfuse._engine import Engine
 from stfuse._errors import (
     ClosedError,
     DeadlineError,
@@ -24,14 +25,17 @@ from stfuse._errors import (
 )
 from stfuse._fuse import Fused, fuse
 from stfuse._job import Job
+from stfuse._metrics import BucketStats, Snapshot, TenantStats
 from stfuse._types import Cost
 
 __all__ = [
     "Bank",
+    "BucketStats",
     "ClosedError",
     "Cost",
     "DeadlineError",
     "DeviceError",
+    "Engine",
     "Fused",
     "Job",
     "JobError",
@@ -39,6 +43,8 @@ __all__ = [
     "Plan",
     "QueueFullError",
     "RequestError",
+    "Snapshot",
     "StfuseError",
+    "TenantStats",
     "fuse",
 ]

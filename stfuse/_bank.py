@@ -168,7 +168,9 @@ def _as(x: Any, spec: jax.ShapeDtypeStruct) -> Any:
 
 
 def _as_leaf(x: Any, spec: jax.ShapeDtypeStruct) -> Any:
-    return jnp.asarray(_as(x, spec))
+    x = _as(x, spec)
+    # On a CPU JAX may keep a NumPy array's own memory, which its owner can change.
+    return jnp.array(x) if isinstance(x, np.ndarray) else jnp.asarray(x)
 
 
 def _stack(column: Sequence[Any], spec: jax.ShapeDtypeStruct, capacity: int) -> Any:

@@ -116,17 +116,16 @@ class CostTable:
     def __init__(self, window: int = 16) -> None:
         """Start empty; keep the last ``window`` measurements of each bucket."""
         self._window = window
-        self._seen_s: dict[Hashable, list[float]] = {}
-        self._median_s: dict[Hashable, float] = {}
+        self._seen_s: dict[tuple[Hashable, ...], list[float]] = {}
 
-    def record(self, key: Hashable, step_s: float) -> float:
+    def record(self, key: tuple[Hashable, ...], step_s: float) -> float:
         """Add a measurement; return the new prediction."""
         seen_s = self._seen_s.setdefault(key, [])
         seen_s.append(step_s)
         del seen_s[: -self._window]
-        self._median_s[key] = sorted(seen_s)[len(seen_s) // 2]
-        return self._median_s[key]
+        return sorted(seen_s)[len(seen_s) // 2]
 
-    def predict(self, key: Hashable) -> float | None:
-        """Return the predicted step time, or None before the first measurement."""
-        return self._median_s.get(key)
+    def forget(self, lane: str) -> None:
+        """Drop the measurements of a lane that ended: keys that begin with it."""
+        for key in [key for key in self._seen_s if key[0] == lane]:
+            del self._seen_s[key]

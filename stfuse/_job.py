@@ -311,12 +311,11 @@ def _traced(job: Job) -> tuple[Any, Any]:
                 )
         return jax.tree.map(lambda x: x[0], out)
 
-    # A Python number stays one: its weak type decides dtypes inside the model.
-    params = jax.tree.map(
-        lambda x: _tree.spec_of(x) if hasattr(x, "dtype") else x, job.params
-    )
+    params = jax.tree.map(_traced_as, job.params)
     specs, structure = jax.tree.flatten((params, job.row))
-    weak = (type(s) if not hasattr(s, "dtype") else (s.shape, s.dtype) for s in specs)
+    weak = (
+        (s.shape, s.dtype, s.weak_type) if _tree.is_spec(s) else type(s) for s in specs
+    )
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore
     key = (*weak, structure, job.batched, precision, jax.config.jax_enable_x64)  # pyright: ignore
     try:
@@ -337,6 +336,15 @@ def _traced(job: Job) -> tuple[Any, Any]:
                 f"{type(error).__name__}: {text}",
             ) from error
     return memo[key]
+
+
+def _traced_as(x: Any) -> Any:
+    """Return a parameter's spec; weak types decide dtypes inside the model."""
+    if not hasattr(x, "dtype"):  # a Python number
+        return x
+    is_weak = getattr(x, "weak_type", False)
+    spec = _tree.spec_of(x)
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, weak_type=is_weak)
 
 
 def _texts(tree: Any) -> str:

@@ -81,6 +81,115 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """A tenant's requests are taken from now on; it is served once its lane has it."""
+
+    tenant: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """A tenant takes no more requests; what it has queued is still served."""
+
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Install:
+    """A lane has a (new) step.
+
+    Attributes:
+        lane: its name.
+        capacities: slots of each species' bank.
+        members: the tenants it serves, and the species of each; none ends the lane.
+        keeps_ready: whether its buckets stay ready: only the members changed.
+    """
+
+    lane: str
+    capacities: tuple[int, ...]
+    members: dict[str, int]
+    keeps_ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A bucket of a lane may be used; sent again whenever its prediction changes."""
+
+    lane: str
+    bucket: Bucket
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request arrives; refused with an error, or queued.
+
+    Attributes:
+        request: its number, larger than those before it.
+        tenant: whose it is.
+        rows: how many rows it has.
+        now_s: when it arrived.
+        deadline_s: when it must have started, on the same clock; None for whenever.
+    """
+
+    request: int
+    tenant: str
+    rows: int
+    now_s: float
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A queued request is given up; unknown ones are ignored."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """The engine is closing: no request waits for company any more."""
+
+
+Event = Join | Leave | Install | Ready | Submit | Cancel | Drain
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Requests of one tenant that fill one slot."""
+
+    tenant: str
+    requests: tuple[int, ...]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step to run: a lane's bucket and who is in it."""
+
+    lane: str
+    bucket: Bucket
+    chunks: tuple[Chunk, ...]
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do now.
+
+    Attributes:
+        batch: the step to start, or None.
+        expired: requests whose deadline passed; they never start.
+        wait_until_s: when to decide again if nothing happens; None for never.
+    """
+
+    batch: Batch | None = None
+    expired: tuple[int, ...] = ()
+    wait_until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one served step did; the engine writes it, the metrics fold it.
 
@@ -120,6 +229,6 @@ class Device(Protocol):
         """Start a step over host buffers; return without waiting for it."""
         ...
 
-    def read(self, outputs: Any) -> Sequence[Sequence[Any]]:
+    def read(self, outputs: Any) -> Sequence[Sequence[Any] | None]:
         """Wait for a step's outputs and return them as host arrays."""
         ...

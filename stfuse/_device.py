@@ -1,0 +1,71 @@
+"""A JAX device as the engine sees it: compile, put, launch, read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class JaxDevice:
+    """One accelerator (or the CPU) through JAX.
+
+    Args:
+        device: a ``jax.Device``; None for the default one.
+    """
+
+    def __init__(self, device: Any = None) -> None:
+        """Choose the device."""
+        self._device = jax.devices()[0] if device is None else device
+        self._sharding = jax.sharding.SingleDeviceSharding(self._device)
+
+    @property
+    def name(self) -> str:
+        """What the device is called; part of a compiled step's signature."""
+        return f"{self._device.platform}:{self._device.id}"
+
+    def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
+        """Compile ``step_fn`` ahead of time for this device.
+
+        Args:
+            step_fn: what to compile.
+            *specs: per argument a pytree of ``jax.ShapeDtypeStruct``.
+        """
+        placed = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._sharding),
+            specs,
+        )
+        return jax.jit(step_fn).lower(*placed).compile()
+
+    def put(self, tree: Any) -> Any:
+        """Copy arrays to the device, unless they are there."""
+        return jax.device_put(tree, self._device)
+
+    def launch(
+        self, compiled: Callable[..., Any], bank: Any, slots: Any, inputs: Any
+    ) -> Any:
+        """Start a step; its outputs begin to travel back as soon as they exist.
+
+        Args:
+            compiled: from `compile`.
+            bank: device arrays.
+            slots: host arrays.
+            inputs: host buffers, not to be written to before `read` returns.
+        """
+        outputs = compiled(bank, slots, inputs)
+        for leaf in jax.tree.leaves(outputs):
+            leaf.copy_to_host_async()
+        return outputs
+
+    def read(self, outputs: Any) -> Sequence[Sequence[Any] | None]:
+        """Wait for a step and return its outputs as host arrays."""
+        return jax.tree.map(
+            lambda x: (
+                x
+                if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)  # pyright: ignore
+                else np.asarray(x)
+            ),
+            outputs,
+        )

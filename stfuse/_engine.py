@@ -1,0 +1,392 @@
+"""Engine: serve jobs under a policy. The only file that starts threads.
+
+Rules:
+    Callers validate and queue; one thread owns the device; one thread builds lanes.
+    A request is refused where it is made (an exception) or answered through its future.
+    ``add`` and ``remove`` never disturb the other jobs; ``swap`` returns once every
+    later request is sure to see the new weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from stfuse import _cache, _lane
+from stfuse._builder import Builder
+from stfuse._device import JaxDevice
+from stfuse._errors import ClosedError, DeadlineError, JobError, RequestError
+from stfuse._flight import Tenant
+from stfuse._job import Job, check_inputs
+from stfuse._lane import Member
+from stfuse._metrics import Snapshot
+from stfuse._scheduler import Scheduler
+from stfuse._server import CLOSED, Server
+from stfuse._trace import trace
+from stfuse._types import Clock, Device, Drain, Join, Leave, Policy
+
+
+class Engine:
+    """Serves jobs on one device; safe to call from many threads.
+
+    Args:
+        policy: ``"space-time"`` fuses many tenants' requests into one step;
+            ``"exclusive"`` runs one model at a time, its own requests batched;
+            ``"time"`` runs one request at a time, round robin.
+        max_batch_size: most rows of one request, and of one slot of a step.
+        max_slots: most slots of one step.
+        max_queue_delay_s: how long a request may wait for company while the device is
+            free, seconds.
+        max_queue_size: most requests that one job may have waiting.
+        device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
+            for JAX's default device.
+        clock: returns seconds and never goes back.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> job = Job("double", lambda p, x: p * x, np.float32(2), np.ones((1, 3), "f"))
+        >>> with Engine() as engine:
+        ...     ready = engine.add(job)
+        ...     engine.infer("double", np.ones((1, 3), "f")).tolist()
+        [[2.0, 2.0, 2.0]]
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: str = "space-time",
+        max_batch_size: int = 8,
+        max_slots: int = 64,
+        max_queue_delay_s: float = 0.0,
+        max_queue_size: int = 1024,
+        device: Any = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Start the device thread and the builder thread."""
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_slots", max_slots),
+            ("max_queue_size", max_queue_size),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`stfuse.Engine`: {name} is {value!r}; pass a whole number >= 1."
+                )
+        if not max_queue_delay_s >= 0:
+            raise ValueError(
+                f"`stfuse.Engine`: max_queue_delay_s is {max_queue_delay_s!r}; pass "
+                f"seconds >= 0."
+            )
+        self._max_batch_size = max_batch_size
+        chosen = _policy(policy)
+        scheduler = Scheduler(
+            chosen,
+            max_batch_size=max_batch_size,
+            max_queue_size=max_queue_size,
+            max_queue_delay_s=max_queue_delay_s,
+        )
+        is_own = hasattr(device, "launch")
+        on: Device = device if is_own else JaxDevice(device)
+        self._server = Server(scheduler, on, clock)
+        self._builder = Builder(
+            self._server, chosen, max_batch_size=max_batch_size, max_slots=max_slots
+        )
+        self._compiles_before = _cache.STEPS.num_compiles
+        self._threads = [
+            threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
+            for what, run in (
+                ("build", self._builder.run),
+                ("serve", self._server.serve),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, job: Job) -> Future[None]:
+        """Take a job's requests from now on.
+
+        It is answered as soon as a step that serves it is compiled, off the path of
+        the others' requests.
+
+        Args:
+            job: its name must be new here; its params must be arrays.
+
+        Returns:
+            A future that resolves when the job is served at full speed (every bucket
+            of its lane compiled and measured), or carries a `DeviceError` that says
+            why it was refused.
+
+        Raises:
+            JobError: no job, a name that is taken, or params without values.
+            ClosedError: the engine is closed.
+        """
+        if not isinstance(job, Job):
+            found = type(job).__name__
+            raise JobError(
+                f"`stfuse.Engine.add`: found a {found}; pass a `stfuse.Job`."
+            )
+        program = trace(job)
+        leaves = (*job.flatten_params(job.params), *program.consts)
+        lane = self._builder.lane_of(job.name)
+        tenant = Tenant(job, Member(job, program, leaves), lane)
+        with self._server.lock:
+            if self._server.is_closed:
+                raise ClosedError(CLOSED, jobs=(job.name,))
+            if job.name in self._server.tenants:
+                raise JobError(
+                    f"`stfuse.Engine.add`: job '{job.name}' is here already; remove it "
+                    f"first, swap its params, or choose another name.",
+                    jobs=(job.name,),
+                )
+            self._server.tenants[job.name] = tenant
+            self._server.scheduler.handle(Join(job.name, job.weight))
+        self._builder.request(lane)
+        return tenant.ready
+
+    def remove(self, name: str) -> None:
+        """Take no more requests for a job, answer those it has, and forget it.
+
+        Args:
+            name: the job; free to be used again when this returns.
+
+        Raises:
+            JobError: no such job.
+        """
+        self._check_thread("remove")
+        tenant = self._tenant("remove", name, JobError)
+        with self._server.lock:
+            if not tenant.is_leaving:
+                tenant.is_leaving = True
+                self._server.scheduler.handle(Leave(name))
+            is_idle = not tenant.outstanding
+        if is_idle:
+            self._server.depart(tenant)
+        tenant.drained.result()
+
+    def swap(self, name: str, params: Any) -> None:
+        """Replace a job's weights while it is served.
+
+        Every answer comes from one generation of weights; what is submitted after this
+        returns sees the new one.
+
+        Args:
+            name: the job.
+            params: pytree like the job's params.
+
+        Raises:
+            JobError: no such job, or params unlike the job's; the old ones stay.
+            DeviceError: the new step, needed when a shared leaf stops being equal,
+                could not be built; the old weights stay.
+        """
+        tenant = self._tenant("swap", name, JobError)
+        leaves = tuple(tenant.job.flatten_params(params))
+
+        def write() -> Future[None] | None:
+            old = tenant.member
+            tenant.member = replace(
+                old,
+                leaves=(*leaves, *old.trace.consts),
+                generation=old.generation + 1,
+            )
+            lane = self._server.lanes.get(tenant.lane)
+            if lane is None or not tenant.is_placed or _lane.write(lane, tenant.member):
+                return None  # a lane that is being built takes the newest weights
+            waiting: Future[None] = Future()
+            waiting.add_done_callback(lambda f: f.exception() and _restore(tenant, old))
+            tenant.swaps.append(waiting)
+            self._builder.request(tenant.lane)
+            return waiting
+
+        waiting = self._server.command(write).result()
+        if waiting is not None:
+            self._check_thread("swap")
+            waiting.result()
+
+    def submit(
+        self, name: str, inputs: Any, *, deadline_s: float | None = None
+    ) -> Future[Any]:
+        """Queue a request.
+
+        Args:
+            name: the job.
+            inputs: pytree like the job's example, with 1 to ``max_batch_size`` rows;
+                copied, so the caller may reuse its arrays.
+            deadline_s: seconds from now by which it must have started; None for the
+                job's ``slo_s``.
+
+        Returns:
+            A future of the outputs, NumPy arrays of the caller's own. It may carry a
+            `DeadlineError`, `DeviceError` or `ClosedError`; cancelling it frees its
+            place.
+
+        Raises:
+            RequestError: no such job, or malformed inputs.
+            QueueFullError: the job has ``max_queue_size`` requests waiting.
+            DeadlineError: the deadline has passed already.
+            ClosedError: the engine is closed, or the job is being removed.
+        """
+        call = "stfuse.Engine.submit"
+        tenant = self._tenant("submit", name, RequestError)
+        leaves, rows = check_inputs(tenant.job, inputs, call=call, copy=True)
+        if rows > self._max_batch_size:
+            raise RequestError(
+                f"`{call}`: job '{name}': found {rows} rows; expected at most "
+                f"max_batch_size = {self._max_batch_size}. Send several requests.",
+                jobs=(name,),
+            )
+        until_s = tenant.job.slo_s if deadline_s is None else deadline_s
+        if until_s is not None and not isinstance(until_s, int | float):
+            raise RequestError(
+                f"`{call}`: job '{name}': deadline_s is {until_s!r}; pass seconds.",
+                jobs=(name,),
+            )
+        return self._server.submit(tenant, leaves, rows, until_s)
+
+    def infer(self, name: str, inputs: Any, *, timeout_s: float | None = None) -> Any:
+        """Submit and wait.
+
+        Args:
+            name: the job.
+            inputs: as for `submit`.
+            timeout_s: how long to wait, and the request's deadline; None for as long
+                as it takes.
+
+        Returns:
+            The outputs.
+
+        Raises:
+            DeadlineError: no answer in time; the request is given up.
+            RequestError, QueueFullError, ClosedError, DeviceError: as for `submit`.
+        """
+        self._check_thread("infer")
+        future = self.submit(name, inputs, deadline_s=timeout_s)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError as error:
+            raise self._too_late(name, timeout_s, future, error) from None
+
+    async def infer_async(
+        self, name: str, inputs: Any, *, timeout_s: float | None = None
+    ) -> Any:
+        """Submit and await: `infer` for asyncio. Cancelling the task frees its place.
+
+        Args:
+            name: the job.
+            inputs: as for `submit`.
+            timeout_s: as for `infer`.
+
+        Returns:
+            The outputs.
+
+        Raises:
+            DeadlineError: no answer in time; the request is given up.
+            RequestError, QueueFullError, ClosedError, DeviceError: as for `submit`.
+        """
+        future = self.submit(name, inputs, deadline_s=timeout_s)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+        except TimeoutError as error:
+            raise self._too_late(name, timeout_s, future, error) from None
+
+    def stats(self) -> Snapshot:
+        """Return what was served so far, and by whom."""
+        server = self._server
+        with server.lock:
+            tenants = server.tenants
+            return server.metrics.snapshot(
+                queued={n: len(server.scheduler.queued(n)) for n in tenants},
+                generations={n: t.member.generation for n, t in tenants.items()},
+                lanes={n: t.lane if t.is_placed else None for n, t in tenants.items()},
+                compiles=_cache.STEPS.num_compiles - self._compiles_before,
+            )
+
+    def close(self, drain: bool = True) -> None:
+        """Stop taking requests, end those there are, and join the threads.
+
+        Args:
+            drain: whether to answer what is queued; if not, it fails with
+                `ClosedError`. A second close is harmless.
+        """
+        self._check_thread("close")
+        server, closed = self._server, ClosedError(CLOSED)
+        with server.lock:
+            server.is_closed = True
+            server.scheduler.handle(Drain())
+        if not drain:
+            server.fail_all(closed)
+        self._builder.close()
+        build, serve = self._threads
+        build.join()
+        unplaced = [n for n, t in server.tenants.items() if not t.is_placed]
+        server.fail_all(closed, unplaced)
+        server.stop()
+        serve.join()
+        for tenant in list(server.tenants.values()):
+            for waiting in (tenant.ready, tenant.drained, *tenant.swaps):
+                if not waiting.done():
+                    waiting.set_exception(closed)
+
+    def __enter__(self) -> Engine:
+        """Return the engine."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        """Close; drain unless an exception is on its way."""
+        self.close(drain=kind is None)
+
+    def _tenant(self, call: str, name: str, error: type) -> Tenant:
+        tenant = self._server.tenants.get(name)
+        if tenant is None:
+            names = ", ".join(list(self._server.tenants)[:8]) or "no jobs"
+            raise error(
+                f"`stfuse.Engine.{call}`: found job '{name}'; the engine has {names}.",
+                jobs=(str(name),),
+            )
+        return tenant
+
+    def _check_thread(self, call: str) -> None:
+        if self._server.on_device_thread():
+            raise RuntimeError(
+                f"`stfuse.Engine.{call}`: found a call from a future's callback, which "
+                f"runs on the device thread and would wait for itself; call it from "
+                f"another thread."
+            )
+
+    def _too_late(
+        self, name: str, timeout_s: float | None, future: Future[Any], error: Any
+    ) -> DeadlineError:
+        future.cancel()
+        if isinstance(error, DeadlineError):
+            return error
+        return DeadlineError(
+            f"`stfuse.Engine.infer`: job '{name}': no answer within {timeout_s} s.",
+            jobs=(name,),
+        )
+
+
+def _restore(tenant: Tenant, old: Member) -> None:
+    """Go back to the weights that the lane still holds."""
+    tenant.member = replace(old, generation=tenant.member.generation + 1)
+
+
+def _policy(name: str) -> Policy:
+    try:
+        return Policy(name)
+    except ValueError:
+        names = ", ".join(repr(p.value) for p in Policy)
+        raise ValueError(
+            f"`stfuse.Engine`: policy is {name!r}; pass one of {names}."
+        ) from None

@@ -1,0 +1,266 @@
+"""Lane: jobs that are served by one compiled step, their bank and their buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from stfuse import _bank, _cache
+from stfuse._align import group
+from stfuse._bank import Bank
+from stfuse._job import Job
+from stfuse._step import make_step
+from stfuse._trace import Trace
+from stfuse._types import Bucket, Chunk, Cost, Device
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A job and the weights it has now.
+
+    Attributes:
+        job: the job.
+        trace: its program.
+        leaves: its parameters in trace order, closed-over arrays last.
+        generation: counts swaps.
+    """
+
+    job: Job
+    trace: Trace
+    leaves: tuple[Any, ...] = field(repr=False)
+    generation: int = 0
+
+
+@dataclass(slots=True)
+class Lane:
+    """One group of jobs. After `build` only the device thread changes it.
+
+    Attributes:
+        name: its name.
+        traces: one program per species.
+        capacities: slots of each species.
+        bank: the parameters.
+        places: species and slot of each job by name.
+        generations: of the weights that each slot holds.
+        steps: compiled steps by bucket.
+        buffers: free staging buffers by bucket.
+    """
+
+    name: str
+    traces: tuple[Trace, ...]
+    capacities: tuple[int, ...]
+    bank: Bank
+    places: dict[str, tuple[int, int]]
+    generations: dict[str, int]
+    steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
+    buffers: dict[Bucket, list[Any]] = field(default_factory=dict)
+
+
+def build(name: str, members: Sequence[Member], device: Device) -> Lane:
+    """Group members by program and pack their weights; nothing is compiled yet."""
+    species = group([m.trace for m in members])
+    capacities = tuple(_cache.next_power_of_two(len(one.members)) for one in species)
+    stacks = tuple(
+        _bank.pack(
+            [members[m].leaves for m in one.members], one.trace.param_specs, capacity
+        )
+        for one, capacity in zip(species, capacities, strict=True)
+    )
+    return Lane(
+        name=name,
+        traces=tuple(one.trace for one in species),
+        capacities=capacities,
+        bank=device.put(Bank(stacks)),
+        places={
+            members[m].job.name: (s, slot)
+            for s, one in enumerate(species)
+            for slot, m in enumerate(one.members)
+        },
+        generations={m.job.name: m.generation for m in members},
+    )
+
+
+def join(lane: Lane, member: Member) -> bool:
+    """Give a job a free slot, if the lane has one that needs no recompiling."""
+    for s, trace in enumerate(lane.traces):
+        if trace.key == member.trace.key:
+            taken = {slot for of, slot in lane.places.values() if of == s}
+            free = sorted(set(range(lane.capacities[s])) - taken)
+            if free:
+                lane.places[member.job.name] = (s, free[0])
+                if write(lane, member):
+                    return True
+                del lane.places[member.job.name]
+    return False
+
+
+def leave(lane: Lane, name: str) -> None:
+    """Free a job's slot."""
+    lane.places.pop(name, None)
+    lane.generations.pop(name, None)
+
+
+def write(lane: Lane, member: Member) -> bool:
+    """Put a job's weights into its slot; False if that would change the layout."""
+    s, slot = lane.places[member.job.name]
+    specs, leaves = lane.traces[s].param_specs, lane.bank.stacks[s]
+    if lane.capacities[s] == 1:
+        fresh = _bank.pack([member.leaves], specs, 1)
+        # The new arrays live where the old ones did.
+        new = tuple(
+            jax.device_put(x, old.sharding)
+            for x, old in zip(fresh, leaves, strict=True)
+        )
+    elif _bank.fits_shared(leaves, specs, member.leaves):
+        fresh = [
+            jax.device_put(x, old.sharding)
+            for x, old in zip(member.leaves, leaves, strict=True)
+        ]
+        new = _bank.write(leaves, specs, slot, fresh, donate=True)
+    else:
+        return False
+    stacks = list(lane.bank.stacks)
+    stacks[s] = new
+    lane.bank = Bank(tuple(stacks))
+    lane.generations[member.job.name] = member.generation
+    return True
+
+
+def compile_bucket(
+    lane: Lane, bucket: Bucket, device: Device, *, cost: Cost, lowering: str = "auto"
+) -> Callable[..., Any]:
+    """Return the lane's compiled step for a bucket, from the cache if it is there."""
+    bank = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lane.bank.stacks
+    )
+    slots, inputs = _specs(lane, bucket)
+    form: Hashable = tuple((s.shape, s.dtype) for s in jax.tree.leaves(bank))
+    signature = (
+        tuple(trace.key for trace in lane.traces),
+        lane.capacities,
+        form,
+        bucket,
+        cost,
+        lowering,
+        getattr(device, "name", id(device)),
+        _cache.config_key(),
+    )
+    step_fn = make_step(lane.traces, cost=cost, lowering=lowering)
+    return _cache.STEPS.get(
+        signature, lambda: device.compile(step_fn, bank, slots, inputs)
+    )
+
+
+def stage(
+    lane: Lane,
+    bucket: Bucket,
+    chunks: Sequence[Chunk],
+    leaves_of: Mapping[int, Sequence[Any]],
+) -> tuple[Any, Any, list[tuple[int, int]]]:
+    """Copy requests into the host buffers of a step.
+
+    Args:
+        lane: whose step.
+        bucket: which shape.
+        chunks: what runs, each in a slot.
+        leaves_of: per request its input leaves ``[B, ...]``.
+
+    Returns:
+        Slots, buffers, and per chunk its species and slot of the step. All that no
+        request fills is zero. Give the buffers back with `release`.
+    """
+    free = lane.buffers.setdefault(bucket, [])
+    slots, buffers = free.pop() if free else _allocate(lane, bucket)
+    filled = [0] * len(lane.traces)
+    placed = []
+    for chunk in chunks:
+        s, own = lane.places[chunk.tenant]
+        k = own if slots[s] is None else filled[s]
+        filled[s] += 1
+        placed.append((s, k))
+        if slots[s] is not None:
+            slots[s][k] = own
+        _copy_rows([leaves_of[r] for r in chunk.requests], buffers[s], k)
+    for s, staged in enumerate(buffers):
+        if staged is not None:
+            _clear(staged, slots[s], filled[s], {k for of, k in placed if of == s})
+    return slots, buffers, placed
+
+
+def release(lane: Lane, bucket: Bucket, slots: Any, buffers: Any) -> None:
+    """Give staging buffers back once their step was read."""
+    lane.buffers[bucket].append((slots, buffers))
+
+
+def cut(outputs: Sequence[Any], k: int, start: int, rows: int, job: Job) -> Any:
+    """Return one request's outputs as arrays of the caller's own.
+
+    Args:
+        outputs: the leaves of its species, ``[K, B, ...]``.
+        k: its slot.
+        start: its first row.
+        rows: how many.
+        job: whose request it is.
+    """
+    of = slice(start, start + rows) if job.batched else start
+    own = [
+        np.array(x[k, of]) if isinstance(x, np.ndarray) else x[k, of] for x in outputs
+    ]
+    return jax.tree.unflatten(jax.tree.structure(job.outputs), own)
+
+
+def sample(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
+    """Return slots and inputs to time a step with: zeros can run faster than data."""
+    slots, buffers = _allocate(lane, bucket)
+    rng = np.random.default_rng(0)
+    for leaf in jax.tree.leaves(buffers):
+        if np.issubdtype(leaf.dtype, np.floating):
+            leaf[...] = rng.standard_normal(leaf.shape)
+    return slots, buffers
+
+
+def _specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
+    """Return the specs of a bucket's slots and inputs."""
+    slots, inputs = [], []
+    for trace, k, capacity in zip(
+        lane.traces, bucket.slots, lane.capacities, strict=True
+    ):
+        is_indexed = 0 < k < capacity
+        slots.append(jax.ShapeDtypeStruct((k,), np.int32) if is_indexed else None)
+        lead = (k, bucket.rows)
+        leaves = tuple(
+            jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype) for s in trace.input_specs
+        ) or (jax.ShapeDtypeStruct(lead, np.int8),)  # no inputs: a bare carrier
+        inputs.append(leaves if k else None)
+    return slots, inputs
+
+
+def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), _specs(lane, bucket))
+
+
+def _copy_rows(
+    requests: Sequence[Sequence[Any]], buffers: Sequence[Any], k: int
+) -> None:
+    """Copy requests into one slot, one after the other; zero the rows left."""
+    for i, buffer in enumerate(buffers):
+        at = 0
+        for leaves in requests:
+            if i < len(leaves):  # a bare carrier has no rows to copy
+                buffer[k, at : at + len(leaves[i])] = leaves[i]
+                at += len(leaves[i])
+        buffer[k, at:] = 0
+
+
+def _clear(staged: Sequence[Any], slots: Any, filled: int, used: set[int]) -> None:
+    """Zero the slots that nobody uses, so that no old row is ever computed on."""
+    unused = [k for k in range(staged[0].shape[0]) if k not in used]
+    if unused:
+        for buffer in staged:
+            buffer[unused] = 0
+    if slots is not None:
+        slots[filled:] = 0
