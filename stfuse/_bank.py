@@ -64,9 +64,11 @@ def is_shared(column: Sequence[Any], capacity: int) -> bool:
     nobody to share with, and the leaf stands without a slot axis.
     """
     first = column[0]
-    if capacity == 1 or all(leaf is first for leaf in column):
+    if capacity == 1 or len(column) == 1:
+        return capacity == 1
+    if all(leaf is first for leaf in column):
         return True
-    if len(column) == 1 or any(_tree.is_tracer(x) for x in column):
+    if any(_tree.is_tracer(x) for x in column):
         return False
     return all(_tree.same_bytes(first, x) for x in column[1:]) and not (
         _tree.is_one_value(first)
@@ -77,7 +79,8 @@ def fits_shared(leaves: Leaves, specs: Specs, new: Sequence[Any]) -> bool:
     """Return whether every shared leaf equals the one that a job brings."""
     return all(
         is_leaf_stacked(leaf, spec)
-        or (not _tree.is_tracer(x) and _tree.same_bytes(leaf, _as(x, spec)))
+        or not (_tree.is_tracer(leaf) or _tree.is_tracer(x))
+        and _tree.same_bytes(leaf, _as(x, spec))
         for leaf, spec, x in zip(leaves, specs, new, strict=True)
     )
 

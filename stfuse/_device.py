@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+
+from stfuse._stacked import to_host
 
 
 class JaxDevice:
@@ -61,11 +62,4 @@ class JaxDevice:
 
     def read(self, outputs: Any) -> Sequence[Sequence[Any] | None]:
         """Wait for a step and return its outputs as host arrays."""
-        return jax.tree.map(
-            lambda x: (
-                x
-                if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)  # pyright: ignore
-                else np.asarray(x)
-            ),
-            outputs,
-        )
+        return jax.tree.map(to_host, outputs)

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -243,7 +244,8 @@ class Engine:
                 jobs=(name,),
             )
         until_s = tenant.job.slo_s if deadline_s is None else deadline_s
-        if until_s is not None and not isinstance(until_s, int | float):
+        is_number = isinstance(until_s, int | float) and not math.isnan(until_s)
+        if until_s is not None and not is_number:
             raise RequestError(
                 f"`{call}`: job '{name}': deadline_s is {until_s!r}; pass seconds.",
                 jobs=(name,),

@@ -15,6 +15,8 @@ from stfuse import _tree
 _PLACEMENT = frozenset(
     "sharding out_sharding in_shardings out_shardings ctx_mesh".split()
 )
+# Custom derivatives inside a loop's body: they do not change what it computes.
+_RULES = frozenset("jvp_jaxpr_fun fwd_jaxpr_thunk bwd out_trees".split())
 
 
 class Key:
@@ -40,8 +42,9 @@ class Key:
 
 
 def params_form(params: dict[str, Any]) -> Hashable:
-    """Return a primitive's parameters in canonical form, placement left out."""
-    return canonical({k: v for k, v in params.items() if k not in _PLACEMENT})
+    """Return a primitive's parameters in canonical form: what it computes, only."""
+    left_out = _PLACEMENT | _RULES
+    return canonical({k: v for k, v in params.items() if k not in left_out})
 
 
 def literal_form(value: Any, aval: Any) -> Hashable:
@@ -55,7 +58,9 @@ def canonical(x: Any) -> Hashable:
         return (x.shape, x.dtype)
     if isinstance(x, dict):
         return tuple((k, canonical(x[k])) for k in sorted(x, key=str))
-    if isinstance(x, np.ndarray | jax.Array) and not _tree.is_typed_key(x):
+    is_array = isinstance(x, np.ndarray | np.generic | jax.Array)
+    if (is_array or isinstance(x, float)) and not _tree.is_typed_key(x):
+        # By its bytes: 0.0 equals -0.0, and NaN not even itself.
         array = np.asarray(x)
         return ("array", array.dtype, array.shape, array.tobytes())
     if isinstance(x, tuple | list):

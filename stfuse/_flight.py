@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from stfuse import _lane
 from stfuse._job import Job
 from stfuse._lane import Lane, Member
+from stfuse._stacked import cut
 from stfuse._types import Batch, Chunk, StepRecord
 
 
@@ -97,7 +97,7 @@ def answers(
         start = 0
         for number in chunk.requests:
             request = requests[number]
-            own = _lane.cut(outputs[s], k, start, request.rows, request.tenant.job)
+            own = cut(outputs[s], k, start, request.rows, request.tenant.job)
             found.append((number, own))
             start += request.rows
     return found

@@ -8,58 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from stfuse import _bank, _cost, _lower, _tree
+from stfuse import _bank, _cost, _lower
 from stfuse._align import Plan, align
 from stfuse._bank import Bank
 from stfuse._cache import next_power_of_two
 from stfuse._errors import JobError, RequestError
 from stfuse._job import Job, check_inputs
+from stfuse._stacked import Place, Stacked, StackedOutputs, cut, fill, to_host
 from stfuse._step import make_step
 from stfuse._trace import Trace, trace, trace_vjp
 from stfuse._types import Cost
-
-# Where an answer stands: job name, species, slot of the step, rows.
-Place = tuple[str, int, int, int]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["slots", "inputs"],
-    meta_fields=["places"],
-)
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """Inputs of a step: one buffer per input leaf of each species.
-
-    Attributes:
-        slots: per species int32 ``[K]``, which bank slot each slot of the step uses;
-            None for all of them in order.
-        inputs: per species its leaves ``[K, B, ...]``; None where it takes no part.
-        places: whose rows stand where.
-    """
-
-    slots: tuple[Any, ...]
-    inputs: tuple[Any, ...]
-    places: tuple[Place, ...]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["places"]
-)
-@dataclasses.dataclass(frozen=True)
-class StackedOutputs:
-    """Outputs of a step.
-
-    Attributes:
-        leaves: per species its leaves ``[K, B, ...]``; None where it took no part.
-        places: whose rows stand where.
-    """
-
-    leaves: tuple[Any, ...]
-    places: tuple[Place, ...]
 
 
 def fuse(
@@ -236,8 +196,10 @@ class Fused:
             RequestError: an unknown name, or inputs unlike the job's example.
         """
         call = "stfuse.Fused.stack"
-        if not inputs:
-            raise RequestError(f"`{call}`: found no inputs; name at least one job.")
+        if not isinstance(inputs, Mapping) or not inputs:
+            is_map = isinstance(inputs, Mapping)
+            what = "empty" if is_map else f"a {type(inputs).__name__}"
+            raise RequestError(f"`{call}`: inputs is {what}; pass {{name: inputs}}.")
         found: list[dict[int, tuple[str, list[Any], int]]] = [{} for _ in self._species]
         for name, x in inputs.items():
             job = self._job(call, name, RequestError)
@@ -265,13 +227,20 @@ class Fused:
         return StackedOutputs(leaves, stacked.places)
 
     def split(self, stacked: StackedOutputs) -> dict[str, Any]:
-        """Cut a step's outputs into ``{name: outputs}``, on the host unless traced."""
+        """Cut a step's outputs by job.
+
+        Args:
+            stacked: from `step`.
+
+        Returns:
+            ``{name: outputs}``: NumPy arrays, or traced ones inside a transformation.
+        """
         leaves = [
-            None if species is None else [_to_host(x) for x in species]
+            None if species is None else [to_host(x) for x in species]
             for species in stacked.leaves
         ]
         return {
-            name: self._cut(name, leaves[s] or [], slot, rows)
+            name: cut(leaves[s] or [], slot, 0, rows, self.jobs[name])
             for name, s, slot, rows in stacked.places
         }
 
@@ -321,7 +290,7 @@ class Fused:
             index = np.asarray(used, np.int32)
         specs = self._species[s].trace.input_specs
         buffers = tuple(
-            _fill([members[slot][1][i] for slot in used], rows, spec)
+            fill([members[slot][1][i] for slot in used], rows, spec)
             for i, spec in enumerate(specs)
         ) or (np.zeros((len(used), rows), np.int8),)
         places = [
@@ -329,15 +298,6 @@ class Fused:
             for k, slot in enumerate(used[: len(members)])
         ]
         return index, buffers, places
-
-    def _cut(self, name: str, leaves: list[Any], slot: int, rows: int) -> Any:
-        job = self.jobs[name]
-        cut = slice(0, rows) if job.batched else 0
-        own = [
-            np.array(x[slot, cut]) if isinstance(x, np.ndarray) else x[slot, cut]
-            for x in leaves
-        ]
-        return jax.tree.unflatten(jax.tree.structure(job.outputs), own)
 
     def _vjps(self, s: int) -> Any:
         """Return a species' derivative programs by rows, and each slot's variant."""
@@ -372,27 +332,3 @@ class Fused:
                     )
                     chosen.append(dataclasses.replace(next(launches), lowering=name))
         return dataclasses.replace(plan, launches=tuple(chosen))
-
-
-def _fill(leaves: list[Any], rows: int, spec: jax.ShapeDtypeStruct) -> Any:
-    """Return ``[K, B, ...]`` from leaves of fewer rows each."""
-    if any(_tree.is_tracer(x) for x in leaves):
-        return jnp.stack([_repeat_first(jnp.asarray(x), rows) for x in leaves])
-    buffer = np.empty((len(leaves), rows, *spec.shape), spec.dtype)
-    for k, x in enumerate(leaves):
-        buffer[k, : len(x)] = x
-        buffer[k, len(x) :] = x[:1]
-    return buffer
-
-
-def _repeat_first(x: Any, rows: int) -> Any:
-    missing = rows - x.shape[0]
-    if not missing:
-        return x
-    return jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
-
-
-def _to_host(x: Any) -> Any:
-    if _tree.is_tracer(x) or _tree.is_typed_key(x):
-        return x
-    return np.asarray(x)

@@ -122,10 +122,17 @@ class Job:
         from flax import nnx
 
         graphdef, state = nnx.split(model)
-        return cls(name, _nnx_fn(graphdef), nnx.to_pure_dict(state), example)
+        apply_fn = _nnx_fn(graphdef, repr(graphdef))
+        return cls(name, apply_fn, nnx.to_pure_dict(state), example)
 
     def flatten_params(self, params: Any) -> list[Any]:
         """Return params' leaves in trace order, checked against the job's.
+
+        Args:
+            params: pytree of arrays like ``self.params``.
+
+        Returns:
+            The leaves, as they are.
 
         Raises:
             JobError: a leaf is missing, unexpected, a spec, or of another shape.
@@ -219,7 +226,8 @@ def _to_array(
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         if x.dtype not in (declared, row.dtype):
             # A foreign byte order prints like the native one: show its code.
-            found = x.dtype.str if x.dtype.kind != "V" else x.dtype
+            is_numpy = isinstance(x.dtype, np.dtype) and x.dtype.kind != "V"
+            found = x.dtype.str if is_numpy else x.dtype
             raise _refused(
                 call, job, f"{where} has dtype {found}; expected {declared} (native)"
             )
@@ -265,6 +273,11 @@ def _check_leaves(job: Job, what: str, tree: Any) -> None:
             found = _tree.describe(leaf)
             raise _unusable(
                 job, f"{what} leaf '{path}' is a {found}; pass an array or a spec"
+            )
+        if not getattr(getattr(leaf, "dtype", None), "isnative", True):
+            found = leaf.dtype.str
+            raise _unusable(
+                job, f"{what} leaf '{path}' is {found}; pass native byte order"
             )
         if _tree.is_tracer(leaf):
             raise _unusable(job, f"{what} leaf '{path}' is traced; build jobs outside")
@@ -357,13 +370,15 @@ def _texts(tree: Any) -> str:
 def _linen_fn(module: Any, apply_kwargs: dict[str, Any]) -> ApplyFn:
     """Return one function per equal module, so that tenants share its trace."""
     try:
-        return _cached_linen_fn(module, tuple(sorted(apply_kwargs.items())))
+        kwargs = tuple(sorted(apply_kwargs.items()))
+        return _cached_linen_fn(module, kwargs, repr((module, kwargs)))
     except TypeError:  # unhashable module fields or keyword arguments
         return functools.partial(_apply_linen, module, apply_kwargs)
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_linen_fn(module: Any, kwargs: tuple[tuple[str, Any], ...]) -> ApplyFn:
+def _cached_linen_fn(module: Any, kwargs: Any, _text: str) -> ApplyFn:
+    # 1, 1.0 and True are equal keys but other programs: only their texts differ.
     return functools.partial(_apply_linen, module, dict(kwargs))
 
 
@@ -372,7 +387,7 @@ def _apply_linen(module: Any, kwargs: dict[str, Any], variables: Any, x: Any) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _nnx_fn(graphdef: Any) -> ApplyFn:
+def _nnx_fn(graphdef: Any, _text: str) -> ApplyFn:
     from flax import nnx
 
     def apply_fn(state: Any, x: Any) -> Any:

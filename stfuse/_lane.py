@@ -146,7 +146,7 @@ def compile_bucket(
         bucket,
         cost,
         lowering,
-        getattr(device, "name", id(device)),
+        device.name,
         _cache.config_key(),
     )
     step_fn = make_step(lane.traces, cost=cost, lowering=lowering)
@@ -194,23 +194,6 @@ def stage(
 def release(lane: Lane, bucket: Bucket, slots: Any, buffers: Any) -> None:
     """Give staging buffers back once their step was read."""
     lane.buffers[bucket].append((slots, buffers))
-
-
-def cut(outputs: Sequence[Any], k: int, start: int, rows: int, job: Job) -> Any:
-    """Return one request's outputs as arrays of the caller's own.
-
-    Args:
-        outputs: the leaves of its species, ``[K, B, ...]``.
-        k: its slot.
-        start: its first row.
-        rows: how many.
-        job: whose request it is.
-    """
-    of = slice(start, start + rows) if job.batched else start
-    own = [
-        np.array(x[k, of]) if isinstance(x, np.ndarray) else x[k, of] for x in outputs
-    ]
-    return jax.tree.unflatten(jax.tree.structure(job.outputs), own)
 
 
 def sample(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:

@@ -89,17 +89,19 @@ def is_patchable(op: Op) -> bool:
         params["feature_group_count"] == 1
         and params["batch_group_count"] == 1
         and all(d == 1 for d in params["lhs_dilation"])
+        and op.specs[0].size > 0  # a kernel wider than its image sees nothing
     )
 
 
 def _patch_bytes(op: Op) -> int:
-    """Return the size of one row's patches."""
-    out = op.specs[0]
-    channels = out.shape[op.params["dimension_numbers"].out_spec[1]]
-    per_output = op.flops / max(2 * math.prod(out.shape), 1)
-    return int(math.prod(out.shape) / max(channels, 1) * per_output) * (
-        out.dtype.itemsize
-    )
+    """Return the size of one row's patches, 0 if they are the image itself."""
+    out, kernel = op.specs[0], op.in_specs[1]
+    _, rhs_spec, out_spec = op.params["dimension_numbers"]
+    if all(kernel.shape[i] == 1 for i in rhs_spec[2:]):
+        return 0
+    num_patches = math.prod(out.shape) // max(out.shape[out_spec[1]], 1)
+    patch = math.prod(kernel.shape) // max(kernel.shape[rhs_spec[0]], 1)
+    return num_patches * patch * out.dtype.itemsize
 
 
 def _patches(op: Op, lhs: Any, rhs: Any) -> tuple[Any]:

@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,18 +146,7 @@ def _differentiable(
     variants: tuple[int, ...],
 ) -> Callable[..., tuple[Any, ...]]:
     """Return ``run(params, inputs, index)`` of one species, with its derivative."""
-
-    def run_rows(params: Any, inputs: Any) -> tuple[Any, ...]:
-        num_slots, rows = inputs[0].shape[:2]
-
-        def one_row(params: Any, row: Any) -> tuple[Any, ...]:
-            # A job without inputs still has rows: a bare carrier brings them.
-            row = row if trace.input_specs else ()
-            size = {"num_slots": num_slots, "rows": rows}
-            return evaluate(trace, params, row, **size, cost=cost, lowering=lowering)
-
-        return jax.vmap(one_row, in_axes=(None, 1), out_axes=1)(params, inputs)
-
+    run_rows = functools.partial(_run_rows, trace, cost, lowering)
     if vjp_fn is None:
         return lambda params, inputs, index: run_rows(params, inputs)
 
@@ -169,11 +159,8 @@ def _differentiable(
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         params, inputs, index = residuals
-        moving = tuple(
-            c
-            for c, spec in zip(cotangents, trace.out_specs, strict=True)
-            if is_inexact(spec)
-        )
+        pairs = zip(cotangents, trace.out_specs, strict=True)
+        moving = tuple(c for c, spec in pairs if is_inexact(spec))
         params, inputs, moving = _differentiate_once((params, inputs, moving))
         num_slots, rows = inputs[0].shape[:2]
         size = {"num_slots": num_slots, "rows": 1}  # its rows are inside
@@ -187,6 +174,21 @@ def _differentiable(
 
     run.defvjp(forward, backward)
     return run
+
+
+def _run_rows(
+    trace: Trace, cost: Cost, lowering: str, params: Any, inputs: Any
+) -> tuple[Any, ...]:
+    """Run a program for K slots of B rows each."""
+    num_slots, rows = inputs[0].shape[:2]
+
+    def one_row(params: Any, row: Any) -> tuple[Any, ...]:
+        # A job without inputs still has rows: a bare carrier brings them.
+        row = row if trace.input_specs else ()
+        size = {"num_slots": num_slots, "rows": rows}
+        return evaluate(trace, params, row, **size, cost=cost, lowering=lowering)
+
+    return jax.vmap(one_row, in_axes=(None, 1), out_axes=1)(params, inputs)
 
 
 def _select(results: Any, variants: tuple[int, ...], index: Any) -> tuple[Any, ...]:

@@ -53,6 +53,7 @@ class Op:
         name: the primitive's name.
         inputs: value numbers or `Literal`, in operand order.
         outputs: value numbers.
+        in_specs: shapes and dtypes of the operands, for one job.
         specs: shapes and dtypes of the outputs, for one job.
         params: the primitive's own parameters.
         flops: arithmetic for one job.
@@ -63,6 +64,7 @@ class Op:
     name: str
     inputs: tuple[int | Literal, ...]
     outputs: tuple[int, ...]
+    in_specs: tuple[jax.ShapeDtypeStruct, ...]
     specs: tuple[jax.ShapeDtypeStruct, ...]
     params: dict[str, Any]
     flops: float
@@ -308,6 +310,7 @@ def _op(eqn: Any, ins: list[Any], outs: list[_Value], numbers: dict[Any, int]) -
         name=eqn.primitive.name,
         inputs=tuple(v if isinstance(v, Literal) else numbers[v] for v in ins),
         outputs=tuple(numbers[v] for v in outs),
+        in_specs=tuple(v.spec for v in ins),
         specs=tuple(v.spec for v in outs),
         params=dict(eqn.params),
         flops=_flops(eqn),

@@ -32,7 +32,10 @@ def is_arraylike(leaf: Any) -> bool:
     """Return whether a leaf is an array, a spec, or a Python or NumPy number."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind not in "OSUMm" and leaf.dtype.names is None
-    return is_spec(leaf) or isinstance(leaf, jax.Array | bool | int | float | complex)
+    if type(leaf) is int:  # as JAX has them: of 32 bits, unless told otherwise
+        limits = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
+        return limits.min <= leaf <= limits.max
+    return is_spec(leaf) or isinstance(leaf, jax.Array | bool | float | complex)
 
 
 def is_tracer(leaf: Any) -> bool:
@@ -59,7 +62,8 @@ def spec_of(leaf: Any) -> jax.ShapeDtypeStruct:
 def describe(leaf: Any) -> str:
     """Return a leaf as ``float32[8,3]``, or its type when it is no array."""
     if not is_arraylike(leaf):
-        return type(leaf).__name__
+        is_large = type(leaf) is int
+        return f"{type(leaf).__name__}{' of too many bits' if is_large else ''}"
     shape = ",".join(map(str, np.shape(leaf)))
     return f"{leaf.dtype if hasattr(leaf, 'dtype') else type(leaf).__name__}[{shape}]"
 
@@ -108,7 +112,7 @@ def first_difference(expected: Any, found: Any) -> str | None:
         )
     for (path, x), (_, y) in zip(want, have, strict=True):
         if not is_arraylike(y):
-            return f"leaf '{path}' is a {type(y).__name__}; expected {describe(x)}"
+            return f"leaf '{path}' is a {describe(y)}; expected {describe(x)}"
         a, b = spec_of(x), spec_of(y)
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return f"leaf '{path}' is {describe(b)}; expected {describe(a)}"

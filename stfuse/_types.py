@@ -75,7 +75,15 @@ class Cost:
             )
 
     def seconds(self, flops: float, num_bytes: float) -> float:
-        """Return the roofline time of one launch."""
+        """Return the roofline time of one launch.
+
+        Args:
+            flops: its arithmetic.
+            num_bytes: bytes it reads plus bytes it writes.
+
+        Returns:
+            Seconds, the launch itself included.
+        """
         work_s = max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
         return self.launch_s + work_s
 
@@ -214,6 +222,11 @@ class StepRecord:
 
 class Device(Protocol):
     """What the engine asks of a device; `stfuse.testing.FakeDevice` is another one."""
+
+    @property
+    def name(self) -> str:
+        """What it is called; devices of one name share compiled steps."""
+        ...
 
     def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
         """Compile ``step_fn`` ahead of time for arguments like ``specs``."""

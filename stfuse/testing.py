@@ -1,5 +1,4 @@
-"""For tests: a clock that is moved by hand, a device that fails on demand, a job whose
-result can be worked out by hand.
+"""For tests: a clock moved by hand, a device that fails on cue, a job to check by hand.
 
 Example:
     >>> import numpy as np, stfuse
@@ -13,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +24,8 @@ from stfuse._device import JaxDevice
 from stfuse._job import Job
 
 __all__ = ["FakeDevice", "ManualClock", "affine_job"]
+
+_NUMBERS = itertools.count()
 
 
 class ManualClock:
@@ -88,6 +90,7 @@ class FakeDevice:
         step_s: float | Callable[[Any], float] = 0.001,
     ) -> None:
         """Start healthy."""
+        self.name = f"fake:{next(_NUMBERS)}"  # shares no compiled step with another
         self._real = JaxDevice()
         self._clock = clock
         self._step_s = step_s
@@ -111,7 +114,13 @@ class FakeDevice:
 
         Args:
             step_fn: what to compile.
-            *specs: as `stfuse._types.Device.compile`.
+            *specs: per argument a pytree of ``jax.ShapeDtypeStruct``.
+
+        Returns:
+            The compiled step.
+
+        Raises:
+            Exception: ``compile_error``, while it is set.
         """
         self.num_compiles += 1
         if self.compile_error is not None:
@@ -119,7 +128,14 @@ class FakeDevice:
         return self._real.compile(step_fn, *specs)
 
     def put(self, tree: Any) -> Any:
-        """Copy arrays to the real device."""
+        """Copy arrays to the real device.
+
+        Args:
+            tree: pytree of arrays.
+
+        Returns:
+            The tree, on the device.
+        """
         return self._real.put(tree)
 
     def launch(
@@ -132,6 +148,12 @@ class FakeDevice:
             bank: device arrays.
             slots: host arrays.
             inputs: host buffers.
+
+        Returns:
+            What `read` takes.
+
+        Raises:
+            Exception: what ``launch_error(inputs)`` returned.
         """
         self.num_launches += 1
         error = self.launch_error(inputs) if self.launch_error else None
@@ -145,6 +167,9 @@ class FakeDevice:
 
         Args:
             outputs: what `launch` returned.
+
+        Returns:
+            Per species its output leaves on the host, or None.
         """
         self._open.wait()
         real, step_s = outputs
@@ -169,6 +194,9 @@ def affine_job(
         shift: its bias.
         width: F; inputs and outputs are float32 ``[B, F]``.
         **options: passed on to `stfuse.Job`.
+
+    Returns:
+        The job; at the default scale and shift, ones give threes.
     """
     params = {
         "scale": np.eye(width, dtype=np.float32) * np.float32(scale),

@@ -1,0 +1,15 @@
+"""Settings of the whole suite; nothing else is global."""
+
+import hypothesis
+import jax
+
+# A GPU rounds float32 products to TF32 by default: no comparison would be fair.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile(
+    "default", derandomize=True, deadline=None, max_examples=25, database=None
+)
+hypothesis.settings.register_profile(
+    "slow", derandomize=False, deadline=None, max_examples=400
+)
+hypothesis.settings.load_profile("default")

@@ -1,0 +1,129 @@
+"""Plans of jobs whose plans can be written down by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stfuse
+from stfuse import _align, _trace
+from stfuse._align import Launch, Plan
+from stfuse._cost import RECORDS
+from tests import cases
+from tests.cases import CASES
+
+CPU = RECORDS["cpu"]
+
+
+def dense(params, x):
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def job(name, *widths):
+    params = [np.ones(shape, "f") for shape in zip(widths, widths[1:], strict=False)]
+    return stfuse.Job(name, dense, params, np.ones((1, widths[0]), "f"))
+
+
+def align(jobs):
+    return _align.align([j.name for j in jobs], [_trace.trace(j) for j in jobs], CPU)
+
+
+def dot(jobs, rows, contracted, columns):
+    """Return the launch of one dense layer of some jobs, at one row."""
+    num_values = rows * contracted + contracted * columns + rows * columns
+    return Launch(
+        primitive="dot_general",
+        jobs=tuple(jobs),
+        shape=(rows, columns),
+        waste=0.0,
+        flops=2.0 * rows * contracted * columns * len(jobs),
+        num_bytes=4.0 * num_values * len(jobs),
+    )
+
+
+def test_equal_jobs_share_every_launch():
+    plan = align([job("a", 4, 8, 2), job("b", 4, 8, 2), job("c", 4, 8, 2)])
+    assert plan.names == ("a", "b", "c")
+    assert [one.members for one in plan.species] == [(0, 1, 2)]
+    assert plan.launches == (dot("abc", 1, 4, 8), dot("abc", 1, 8, 2))
+    assert (plan.num_launches, plan.num_launches_alone, plan.num_solo) == (2, 6, 0)
+    assert plan.waste == 0.0 and plan.cost is CPU
+
+
+def test_members_of_a_kind_find_each_other_among_others():
+    plan = align([job("a", 4, 2), job("b", 4, 3, 2), job("c", 4, 2)])
+    assert [one.members for one in plan.species] == [(0, 2), (1,)]
+    assert dot("ac", 1, 4, 2) in plan.launches
+
+
+def test_a_lone_job_has_no_solo_launches():
+    plan = align([job("a", 4, 8, 2)])
+    assert (plan.num_launches, plan.num_launches_alone, plan.num_solo) == (2, 2, 0)
+
+
+def test_launches_that_serve_one_job_of_several_are_solo():
+    plan = align([job("a", 4, 2), stfuse.Job("b", jnp.multiply, 2.0, np.ones((1, 3)))])
+    assert plan.launches == (dot("a", 1, 4, 2),)
+    assert plan.num_solo == 1
+
+
+def launch(name, jobs, shape, waste, flops, lowering):
+    return Launch(name, jobs, shape, waste, flops, 0.0, lowering)
+
+
+TYPED = Plan(
+    names=("a", "b", "c", "d", "e"),
+    species=(),
+    launches=(
+        launch("dot_general", ("a", "b"), (1, 128), 0.0, 100.0, "native"),
+        launch(
+            "conv_general_dilated", ("a", "b", "c", "d"), (8, 8), 0.5, 300.0, "patches"
+        ),
+        launch("sort", ("e",), (), 0.0, 100.0, "native"),
+    ),
+    cost=CPU,
+)
+
+
+def test_a_plan_prints_as_a_table():
+    assert str(TYPED).split("\n") == [
+        "#  launch                jobs             shape   waste  lowering",
+        "0  dot_general           2: a, b          1x128   0.00   native",
+        "1  conv_general_dilated  4: a, b, c, ...  8x8     0.50   patches",
+        "2  sort                  1: e             scalar  0.00   native",
+        "5 jobs of 0 species: 7 heavy launches alone, 3 fused, 1 of them solo; "
+        "waste 0.25",
+    ]
+
+
+def test_the_waste_of_a_plan_weighs_launches_by_their_work():
+    assert TYPED.waste == 500 / (100 + 200 + 100) - 1
+    assert Plan((), (), (), CPU).waste == 0.0
+
+
+@given(st.lists(st.sampled_from(CASES[:12]), min_size=1, max_size=9))
+def test_every_job_is_in_one_species_and_in_each_of_its_launches_once(kinds):
+    names = [f"job{i}" for i in range(len(kinds))]
+    traces = [_trace.trace(cases.job(kind, i % 2)) for i, kind in enumerate(kinds)]
+    plan = _align.align(names, traces, CPU)
+    members = sorted(m for one in plan.species for m in one.members)
+    assert members == list(range(len(kinds)))
+    for name, trace in zip(names, traces, strict=True):
+        own = [op.name for op in trace.ops if op.is_heavy]
+        shared = [one.primitive for one in plan.launches if name in one.jobs]
+        assert shared == own
+    true = sum(op.flops for trace in traces for op in trace.ops if op.is_heavy)
+    done = sum(one.flops for one in plan.launches)
+    assert done == pytest.approx(true * (1 + plan.waste))
+    assert plan == _align.align(names, traces, CPU)
+
+
+def test_the_plan_of_a_fused_step_says_how_each_launch_is_computed():
+    conv = [cases.job(cases.BY_NAME["conv"], seed) for seed in range(3)]
+    auto = stfuse.fuse(conv, cost="h200").plan
+    native = stfuse.fuse(conv, cost="h200", lowering="native").plan
+    assert [one.lowering for one in auto.launches] == ["patches"]
+    assert [one.lowering for one in native.launches] == ["native"]

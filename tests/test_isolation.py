@@ -1,0 +1,226 @@
+"""The walls between jobs of one step: nothing that one sends or is changes another.
+
+Equality is bit for bit everywhere here: at one bucket, the bytes of a job's answer
+depend on its weights, its rows, and nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import stfuse
+from tests import cases
+from tests.cases import BY_NAME, CASES, alone, assert_bitwise, assert_same
+
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+over_row_cases = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.batched], ids=str
+)
+POISON = {"nan": np.nan, "inf": np.inf, "huge": 3e38}
+ROWS = (3, 1, 2)
+
+
+def is_inexact(x):
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def poisoned(tree, value):
+    """Return a tree whose every inexact leaf is one value throughout."""
+
+    def poison(x):
+        if not is_inexact(x):
+            return x
+        if not hasattr(x, "dtype"):
+            return float(value)
+        with np.errstate(over="ignore"):  # 3e38 is infinite in float16
+            full = np.full(x.shape, value).astype(x.dtype)
+        return jnp.asarray(full, x.dtype) if isinstance(x, jax.Array) else full
+
+    return jax.tree.map(poison, tree)
+
+
+def others(outs, name):
+    return {other: y for other, y in outs.items() if other != name}
+
+
+@over_cases
+@pytest.mark.parametrize("value", POISON.values(), ids=POISON)
+def test_poison_in_one_jobs_weights_reaches_no_other_job(case, value):
+    fused = cases.group(case, 3)
+    requests = cases.requests(case, fused, ROWS)
+    clean = fused(fused.pack(), requests)
+    for name in list(fused.jobs)[:2]:
+        params = {name: poisoned(fused.jobs[name].params, value)}
+        outs = fused(fused.pack(params), requests)
+        assert_bitwise(others(outs, name), others(clean, name))
+
+
+@over_cases
+@pytest.mark.parametrize("value", POISON.values(), ids=POISON)
+def test_poison_in_one_jobs_inputs_reaches_no_other_job(case, value):
+    fused = cases.group(case, 3)
+    bank, requests = fused.pack(), cases.requests(case, fused, ROWS)
+    clean = fused(bank, requests)
+    for name in list(fused.jobs)[:2]:
+        bad = {**requests, name: poisoned(requests[name], value)}
+        assert_bitwise(others(fused(bank, bad), name), others(clean, name))
+
+
+@over_row_cases
+def test_poison_in_one_row_reaches_no_other_row(case):
+    fused = cases.group(case, 3)
+    bank, requests = fused.pack(), cases.requests(case, fused, ROWS)
+    clean = fused(bank, requests)
+    name = next(iter(requests))  # three rows
+    for row in range(3):
+        bad = jax.tree.map(np.copy, requests[name])
+        for leaf in filter(is_inexact, jax.tree.leaves(bad)):
+            leaf[row] = np.nan
+        outs = fused(bank, {**requests, name: bad})
+        left = [r for r in range(3) if r != row]
+        assert_bitwise(
+            jax.tree.map(lambda y, left=left: y[left], outs[name]),
+            jax.tree.map(lambda y, left=left: y[left], clean[name]),
+        )
+        assert_bitwise(others(outs, name), others(clean, name))
+
+
+@over_cases
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_jobs_own_poison_comes_out_where_it_would_alone(case, value):
+    fused = cases.group(case, 3)
+    requests = cases.requests(case, fused, ROWS)
+    name = next(iter(requests))
+    x = jax.tree.map(np.copy, requests[name])
+    for leaf in filter(is_inexact, jax.tree.leaves(x)):
+        if leaf.size:
+            leaf[-1].flat[0] = value
+    assert_same(
+        fused(fused.pack(), {**requests, name: x})[name],
+        alone(fused.jobs[name], x),
+        case,
+    )
+
+
+def test_poison_beside_a_shared_trunk_reaches_no_other_job():
+    rng = np.random.default_rng(0)
+    trunk = rng.normal(size=(4, 3)).astype("f")
+    heads = rng.normal(size=(3, 3)).astype("f")
+    jobs = [
+        stfuse.Job(
+            name,
+            lambda p, x: jnp.tanh(x @ p["trunk"]) * p["head"],
+            {"trunk": trunk, "head": head},
+            np.ones((1, 4), "f"),
+        )
+        for name, head in zip("abc", heads, strict=True)
+    ]
+    fused = stfuse.fuse(jobs, cost="cpu")
+    bank = fused.pack()
+    assert bank.stacks[0][1].ndim == 2  # the trunk is kept once
+    requests = {n: rng.normal(size=(2, 4)).astype("f") for n in "abc"}
+    clean = fused(bank, requests)
+    for value in POISON.values():
+        bad = {**requests, "b": poisoned(requests["b"], value)}
+        assert_bitwise(others(fused(bank, bad), "b"), others(clean, "b"))
+
+
+@over_row_cases
+def test_a_row_has_the_same_bytes_whatever_else_is_sent_at_its_bucket(case):
+    fused = cases.group(case, 3)
+    bank, requests = fused.pack(), cases.requests(case, fused, ROWS)
+    first, *rest = requests
+    clean = fused(bank, requests)
+    busy = {name: case.inputs(50 + i, 1 + i) for i, name in enumerate(rest)}
+    assert_bitwise(fused(bank, {first: requests[first], **busy})[first], clean[first])
+    for row in range(3):  # its own other rows, too
+        mixed = jax.tree.map(np.copy, case.inputs(99, 4))
+        for to, source in zip(
+            jax.tree.leaves(mixed), jax.tree.leaves(requests[first]), strict=True
+        ):
+            to[row] = source[row]
+        outs = fused(bank, {first: mixed, **busy})
+        assert_bitwise(
+            jax.tree.map(lambda y, row=row: y[row], outs[first]),
+            jax.tree.map(lambda y, row=row: y[row], clean[first]),
+        )
+
+
+@over_cases
+def test_an_answer_has_the_same_bytes_in_whichever_slot_its_job_sits(case):
+    fused = cases.group(case, 3)
+    bank = fused.pack()
+    first, second, third = fused.jobs
+    x = case.inputs(7, 4)
+    beside_first = fused(bank, {first: case.inputs(8, 4), second: x})
+    beside_third = fused(bank, {second: x, third: case.inputs(9, 4)})
+    assert_bitwise(beside_first[second], beside_third[second])
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "conv", "attention", "lstm", "linen"])
+def test_an_answer_has_the_same_bytes_in_whichever_order_jobs_are_fused(name):
+    case = BY_NAME[name]
+    requests = {f"{name}.{seed}": case.inputs(seed, 2) for seed in range(3)}
+    answers = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        fused = stfuse.fuse([cases.job(case, seed) for seed in order], cost="cpu")
+        answers.append(fused(fused.pack(), requests))
+    assert_bitwise(answers[1], answers[0])
+
+
+# Out-of-range ids: each job's table holds canaries, values that name job and row.
+VOCABULARY = 4
+CANARIES = {
+    name: np.arange(VOCABULARY, dtype=np.float32)[:, None] + 100 * (i + 1)
+    for i, name in enumerate("abc")
+}
+BAD_IDS = np.array([0, 3, 4, 7, 1000, 2**31 - 1, -1, -4, -5, -1000, -(2**31)], "i4")
+LOOKUPS = {
+    "index": lambda table, i: table[i],
+    "take_fill": lambda table, i: jnp.take(table, i, axis=0),
+    "take_clip": lambda table, i: jnp.take(table, i, axis=0, mode="clip"),
+    "take_wrap": lambda table, i: jnp.take(table, i, axis=0, mode="wrap"),
+    "at_get_drop": lambda table, i: table.at[i].get(mode="drop"),
+    "at_get_fill": lambda table, i: table.at[i].get(mode="fill", fill_value=-7),
+    "take_along_axis": lambda table, i: jnp.take_along_axis(table, i[:, None], axis=0),
+    "dynamic_slice": lambda table, i: lax.dynamic_slice(table, (i[0], 0), (1, 1)),
+    "scatter": lambda table, i: table.at[i].set(-7.0)[None],
+    "scatter_add": lambda table, i: table.at[i].add(0.5)[None],
+    "dynamic_update": lambda table, i: lax.dynamic_update_slice(
+        table, jnp.full((1, 1), -7.0), (i[0], 0)
+    )[None],
+}
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS.values(), ids=LOOKUPS)
+def test_an_out_of_range_id_never_reads_a_neighbors_row(lookup):
+    jobs = [
+        stfuse.Job(name, lookup, table, np.zeros(1, np.int32))
+        for name, table in CANARIES.items()
+    ]
+    fused = stfuse.fuse(jobs, cost="cpu")
+    bank = fused.pack()
+    requests = {name: np.roll(BAD_IDS, 3 * i) for i, name in enumerate(CANARIES)}
+    outs = fused(bank, requests)
+    for i, (name, x) in enumerate(requests.items()):
+        assert_bitwise(outs[name], alone(fused.jobs[name], x))
+        owners = np.floor(outs[name] / 100)
+        legal = (owners == i + 1) | np.isnan(outs[name]) | (outs[name] < 0)
+        assert legal.all()
+
+
+def test_refused_requests_and_params_leave_the_bank_and_the_jobs_as_they_were():
+    case = BY_NAME["mlp"]
+    fused = cases.group(case, 3)
+    bank, requests = fused.pack(), cases.requests(case, fused, ROWS)
+    clean = fused(bank, requests)
+    first = next(iter(requests))
+    with pytest.raises(stfuse.RequestError):
+        fused(bank, {**requests, first: np.zeros((2, 3))})
+    with pytest.raises(stfuse.JobError):
+        fused.swap(bank, first, {"no": np.zeros(3)})
+    with pytest.raises(stfuse.JobError):
+        fused.pack({first: {"no": np.zeros(3)}})
+    assert_bitwise(fused(bank, requests), clean)

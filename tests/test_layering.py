@@ -1,0 +1,99 @@
+"""The house: who may import whom, and how large a room may be."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# In import order: a file imports only files above it.
+ORDER = (
+    "_errors _types _tree _job _fingerprint _trace _cost _align _lower _step _bank "
+    "_stacked _cache _fuse _metrics _scheduler _device _lane _flight _server _builder "
+    "_engine __init__ testing"
+).split()
+SOURCES = sorted(
+    path
+    for room in ("stfuse", "models", "examples")
+    for path in (ROOT / room).rglob("*.py")
+)
+JAX_FREE = ("_errors", "_types", "_metrics", "_scheduler")
+
+
+def imports(path):
+    """Return the names of all modules that a file imports, in its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found.add(node.module)
+    return found
+
+
+def own_imports(stem):
+    """Return the files of the package that one of them imports."""
+    found = imports(ROOT / "stfuse" / f"{stem}.py")
+    parts = {name.removeprefix("stfuse.").split(".")[0] for name in found}
+    return parts & set(ORDER)
+
+
+def test_every_file_of_the_package_has_its_place_in_the_order():
+    assert sorted(ORDER) == sorted(p.stem for p in (ROOT / "stfuse").glob("*.py"))
+
+
+@pytest.mark.parametrize("stem", ORDER)
+def test_a_file_imports_only_files_above_it(stem):
+    above = set(ORDER[: ORDER.index(stem)])
+    assert own_imports(stem) <= above, f"{stem} imports {own_imports(stem) - above}"
+
+
+@pytest.mark.parametrize("stem", JAX_FREE)
+def test_the_scheduler_and_what_it_rests_on_know_no_jax(stem):
+    found = imports(ROOT / "stfuse" / f"{stem}.py")
+    assert not {name.split(".")[0] for name in found} & {
+        "jax",
+        "jaxlib",
+        "numpy",
+        "flax",
+    }
+    assert own_imports(stem) <= set(JAX_FREE)
+
+
+def test_only_the_engine_starts_threads():
+    starts = re.compile(r"threading\.Thread\(")
+    found = {
+        p.name for p in SOURCES if starts.search(p.read_text()) and "stfuse" in p.parts
+    }
+    assert found == {"_engine.py"}
+
+
+def test_only_the_tracing_files_know_jaxprs():
+    knows = {
+        p.stem for p in (ROOT / "stfuse").glob("*.py") if "jax.extend" in p.read_text()
+    }
+    assert knows == {"_fingerprint", "_trace"}
+
+
+def test_models_never_import_the_package():
+    for path in (ROOT / "models").glob("*.py"):
+        assert not any(name.split(".")[0] == "stfuse" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_file_is_small_and_so_are_its_functions(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body:
+                assert body[-1].end_lineno - body[0].lineno < 40, node.name
+
+
+def test_nothing_reaches_for_private_or_unsafe_modules():
+    banned = ("pickle", "dill", "cloudpickle", "jax._src")
+    for path in SOURCES:
+        assert not any(name.startswith(banned) for name in imports(path)), path

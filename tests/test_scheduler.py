@@ -1,0 +1,360 @@
+"""The scheduler on a virtual clock: rules by hand, then laws over random histories."""
+
+import math
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from stfuse._errors import ClosedError, DeadlineError, QueueFullError
+from stfuse._scheduler import Scheduler
+from stfuse._types import (
+    Bucket,
+    Cancel,
+    Drain,
+    Install,
+    Join,
+    Leave,
+    Policy,
+    Ready,
+    Submit,
+)
+
+
+def one_lane(policy=Policy.SPACE_TIME, tenants="abc", capacity=4, rows=2, **options):
+    """Return a scheduler with one species of tenants, all its buckets ready."""
+    scheduler = Scheduler(policy, max_batch_size=rows, **options)
+    for name in tenants:
+        scheduler.handle(Join(name))
+    if policy is Policy.SPACE_TIME:
+        lanes = {"all": tuple(tenants)}
+    else:
+        lanes, capacity = {name: (name,) for name in tenants}, 1
+    for lane, members in lanes.items():
+        scheduler.handle(Install(lane, (capacity,), dict.fromkeys(members, 0)))
+        slots = 1
+        while slots <= capacity:
+            for b in {1, rows}:
+                scheduler.handle(Ready(lane, Bucket((slots,), b), 0.01))
+            slots *= 2
+    return scheduler
+
+
+def submit(scheduler, request, tenant, now_s=0.0, rows=1, deadline_s=None):
+    scheduler.handle(Submit(request, tenant, rows, now_s, deadline_s))
+
+
+def served(decision):
+    """Return who runs and what, as the decision orders it."""
+    if decision.batch is None:
+        return []
+    return [(chunk.tenant, chunk.requests) for chunk in decision.batch.chunks]
+
+
+def test_space_time_serves_every_tenant_in_one_step():
+    scheduler = one_lane()
+    for request, tenant in enumerate("abc"):
+        submit(scheduler, request, tenant)
+    decision = scheduler.decide(0.0)
+    assert served(decision) == [("a", (0,)), ("b", (1,)), ("c", (2,))]
+    assert decision.batch.bucket == Bucket((4,), 1)
+    assert scheduler.num_queued == 0
+
+
+def test_exclusive_batches_one_tenants_requests():
+    scheduler = one_lane(Policy.EXCLUSIVE)
+    for request, tenant in enumerate("aab"):
+        submit(scheduler, request, tenant)
+    assert served(scheduler.decide(0.0)) == [("a", (0, 1))]
+    assert served(scheduler.decide(0.0)) == [("b", (2,))]
+
+
+def test_time_serves_one_request_a_step_round_robin():
+    scheduler = one_lane(Policy.TIME)
+    for request, tenant in enumerate("aaabbc"):
+        submit(scheduler, request, tenant)
+    order = [served(scheduler.decide(0.0)) for _ in range(6)]
+    assert [step[0][0] for step in order] == ["a", "b", "c", "a", "b", "a"]
+    assert all(len(step) == 1 and len(step[0][1]) == 1 for step in order)
+
+
+def test_a_heavy_tenant_fills_the_slots_that_others_leave():
+    scheduler = one_lane()
+    for request in range(4):
+        submit(scheduler, request, "a")
+    submit(scheduler, 9, "b")
+    scheduler.handle(Ready("all", Bucket((2,), 2), 0.001))
+    assert served(scheduler.decide(0.0)) == [("a", (0, 1)), ("b", (9,))]
+    assert served(scheduler.decide(0.0)) == [("a", (2, 3))]
+    for request in range(10, 14):
+        submit(scheduler, request, "a")
+    assert served(scheduler.decide(0.0)) == [("a", (10, 11)), ("a", (12, 13))]
+
+
+def test_where_all_slots_run_a_tenant_has_its_own_only():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    scheduler.handle(Join("a"))
+    scheduler.handle(Install("all", (2,), {"a": 0}))
+    scheduler.handle(Ready("all", Bucket((2,), 1), 0.01))
+    submit(scheduler, 0, "a")
+    submit(scheduler, 1, "a")
+    assert served(scheduler.decide(0.0)) == [("a", (0,))]
+
+
+def test_the_earliest_deadline_runs_first_when_not_all_fit():
+    scheduler = one_lane(capacity=1, rows=1)
+    submit(scheduler, 0, "a", deadline_s=3.0)
+    submit(scheduler, 1, "b", deadline_s=1.0)
+    submit(scheduler, 2, "c", deadline_s=2.0)
+    order = [served(scheduler.decide(0.0))[0][0] for _ in range(3)]
+    assert order == ["b", "c", "a"]
+
+
+def test_a_tenants_own_requests_run_earliest_deadline_first():
+    scheduler = one_lane(capacity=1, rows=1)
+    submit(scheduler, 0, "a")
+    submit(scheduler, 1, "a", deadline_s=2.0)
+    submit(scheduler, 2, "a", deadline_s=1.0)
+    assert scheduler.queued("a") == (2, 1, 0)
+
+
+def test_expired_requests_never_start():
+    scheduler = one_lane()
+    submit(scheduler, 0, "a", deadline_s=1.0)
+    submit(scheduler, 1, "b", deadline_s=2.0)
+    decision = scheduler.decide(1.0)
+    assert decision.expired == (0,)
+    assert served(decision) == [("b", (1,))]
+
+
+def test_it_says_when_the_next_deadline_passes_if_nothing_can_run():
+    scheduler = Scheduler(Policy.SPACE_TIME)
+    scheduler.handle(Join("a"))
+    submit(scheduler, 0, "a", deadline_s=7.0)
+    assert scheduler.decide(0.0).wait_until_s == 7.0
+    submit(scheduler, 1, "a")
+    assert scheduler.decide(8.0).expired == (0,)
+    assert scheduler.decide(8.0).wait_until_s is None
+
+
+def test_deadlines_cannot_starve_tenants_without_them():
+    scheduler = one_lane(capacity=1, rows=1)
+    submit(scheduler, 0, "c")
+    for request in range(1, 20):
+        submit(scheduler, request, "ab"[request % 2], deadline_s=100.0)
+    order = [served(scheduler.decide(0.0))[0][0] for _ in range(4)]
+    assert "c" in order
+
+
+def test_service_is_shared_by_weight():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_size=1000)
+    for name, weight in (("light", 1.0), ("heavy", 3.0)):
+        scheduler.handle(Join(name, weight))
+    scheduler.handle(Install("all", (2,), {"light": 0, "heavy": 0}))
+    scheduler.handle(Ready("all", Bucket((1,), 1), 0.01))
+    for request in range(400):
+        submit(scheduler, request, "light" if request % 2 else "heavy")
+    first = [served(scheduler.decide(0.0))[0][0] for _ in range(200)]
+    assert first.count("heavy") == pytest.approx(150, abs=3)
+
+
+def test_idling_earns_no_credit():
+    scheduler = one_lane(tenants="ab", capacity=1, rows=1, max_queue_size=1000)
+    for request in range(100):
+        submit(scheduler, request, "a")
+    for _ in range(50):
+        scheduler.decide(0.0)
+    for request in range(100, 200):
+        submit(scheduler, request, "b")
+    order = [served(scheduler.decide(0.0))[0][0] for _ in range(20)]
+    assert order.count("a") == pytest.approx(10, abs=2)
+
+
+def test_it_takes_the_bucket_of_most_rows_a_second():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    for name in "abcd":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (8,), dict.fromkeys("abcd", 0)))
+    scheduler.handle(Ready("all", Bucket((4,), 1), 1.0))
+    scheduler.handle(Ready("all", Bucket((2,), 1), 0.3))
+    for request, name in enumerate("abcd"):
+        submit(scheduler, request, name)
+    assert scheduler.decide(0.0).batch.bucket == Bucket((2,), 1)
+    scheduler.handle(Ready("all", Bucket((4,), 1), 0.1))
+    submit(scheduler, 8, "a")
+    submit(scheduler, 9, "b")
+    assert scheduler.decide(0.0).batch.bucket == Bucket((4,), 1)
+
+
+def test_a_request_waits_for_company_only_as_long_as_it_may():
+    scheduler = one_lane(max_queue_delay_s=0.5)
+    submit(scheduler, 0, "a", now_s=1.0)
+    decision = scheduler.decide(1.1)
+    assert decision.batch is None
+    assert decision.wait_until_s == 1.5
+    assert served(scheduler.decide(1.5)) == [("a", (0,))]
+    submit(scheduler, 1, "a", now_s=2.0, deadline_s=2.2)
+    assert scheduler.decide(2.0).wait_until_s == pytest.approx(2.19)
+    scheduler.handle(Drain())
+    assert served(scheduler.decide(2.0)) == [("a", (1,))]
+
+
+def test_a_full_queue_refuses_exactly_what_is_too_much():
+    scheduler = one_lane(max_queue_size=3)
+    for request in range(3):
+        submit(scheduler, request, "a")
+    with pytest.raises(QueueFullError, match="3 requests waiting") as caught:
+        submit(scheduler, 3, "a")
+    assert caught.value.jobs == ("a",)
+    submit(scheduler, 4, "b")  # another tenant's queue is its own
+    assert scheduler.num_queued == 4
+
+
+@pytest.mark.parametrize("deadline_s", [1.0, 0.5, -math.inf])
+def test_a_deadline_that_has_passed_is_refused(deadline_s):
+    scheduler = one_lane()
+    with pytest.raises(DeadlineError):
+        submit(scheduler, 0, "a", now_s=1.0, deadline_s=deadline_s)
+    assert scheduler.num_queued == 0
+
+
+def test_a_leaving_tenant_is_served_but_takes_no_more():
+    scheduler = one_lane()
+    submit(scheduler, 0, "a")
+    scheduler.handle(Leave("a"))
+    with pytest.raises(ClosedError):
+        submit(scheduler, 1, "a")
+    assert served(scheduler.decide(0.0)) == [("a", (0,))]
+    with pytest.raises(ClosedError):
+        submit(scheduler, 2, "a")
+
+
+def test_a_request_too_large_for_one_bucket_runs_in_another():
+    scheduler = one_lane(rows=2)
+    scheduler.handle(Ready("all", Bucket((4,), 1), 1e-6))  # tempting, but too small
+    submit(scheduler, 0, "a", rows=2)
+    decision = scheduler.decide(0.0)
+    assert served(decision) == [("a", (0,))]
+    assert decision.batch.bucket.rows == 2
+
+
+def test_two_species_run_in_one_step():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    for name in "ab":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (1, 1), {"a": 0, "b": 1}))
+    scheduler.handle(Ready("all", Bucket((1, 1), 1), 0.01))
+    scheduler.handle(Ready("all", Bucket((1, 0), 1), 0.01))
+    submit(scheduler, 0, "a")
+    submit(scheduler, 1, "b")
+    assert served(scheduler.decide(0.0)) == [("a", (0,)), ("b", (1,))]
+
+
+def test_members_may_change_while_the_buckets_stay_ready():
+    scheduler = one_lane(tenants="a")
+    scheduler.handle(Join("z"))
+    submit(scheduler, 0, "z")
+    assert scheduler.decide(0.0).batch is None
+    members = {"a": 0, "z": 0}
+    scheduler.handle(Install("all", (4,), members, keeps_ready=True))
+    assert served(scheduler.decide(0.0)) == [("z", (0,))]
+    scheduler.handle(Install("all", (4,), members))
+    submit(scheduler, 1, "z")
+    assert scheduler.decide(0.0).batch is None  # the new step has no bucket yet
+
+
+class History(RuleBasedStateMachine):
+    """Random events against a model that only knows who asked for what."""
+
+    TENANTS = ("a", "b", "c", "d", "e")
+    MAX_QUEUE = 4
+
+    def __init__(self):
+        super().__init__()
+        self.now_s = 0.0
+        self.next = 0
+        self.waiting = {}  # request: (tenant, rows, deadline)
+        self.scheduler = Scheduler(
+            Policy.SPACE_TIME, max_batch_size=4, max_queue_size=self.MAX_QUEUE
+        )
+        for name in self.TENANTS:
+            self.scheduler.handle(Join(name))
+        species = {name: i % 2 for i, name in enumerate(self.TENANTS)}
+        self.capacities = (4, 2)
+        self.species = species
+        self.scheduler.handle(Install("all", self.capacities, species))
+        for slots in ((1, 0), (0, 1), (2, 2), (4, 2)):
+            for rows in (1, 4):
+                step_s = 0.001 * (1 + sum(slots) * rows / 8)
+                self.scheduler.handle(Ready("all", Bucket(slots, rows), step_s))
+
+    @rule(
+        tenant=st.sampled_from(TENANTS),
+        rows=st.integers(1, 4),
+        patience_s=st.none() | st.floats(0.001, 1.0),
+    )
+    def submit(self, tenant, rows, patience_s):
+        deadline_s = None if patience_s is None else self.now_s + patience_s
+        request, self.next = self.next, self.next + 1
+        queued = sum(t == tenant for t, _, _ in self.waiting.values())
+        try:
+            submit(self.scheduler, request, tenant, self.now_s, rows, deadline_s)
+        except QueueFullError:
+            assert queued == self.MAX_QUEUE
+        else:
+            assert queued < self.MAX_QUEUE
+            self.waiting[request] = (tenant, rows, deadline_s)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data):
+        request = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.scheduler.handle(Cancel(request))
+        del self.waiting[request]
+
+    @rule(by_s=st.floats(0.0, 0.5))
+    def pass_time(self, by_s):
+        self.now_s += by_s
+
+    @rule()
+    def decide(self):
+        decision = self.scheduler.decide(self.now_s)
+        for request in decision.expired:
+            _, _, deadline_s = self.waiting.pop(request)
+            assert deadline_s is not None and deadline_s <= self.now_s
+        if decision.batch is None:
+            assert not self.waiting, "work waits, buckets are ready, nothing starts"
+            return
+        slots = [0, 0]
+        for chunk in decision.batch.chunks:
+            of = [self.waiting.pop(request) for request in chunk.requests]
+            assert {tenant for tenant, _, _ in of} == {chunk.tenant}
+            assert sum(rows for _, rows, _ in of) == chunk.rows
+            assert chunk.rows <= decision.batch.bucket.rows
+            for _, _, deadline_s in of:
+                assert deadline_s is None or deadline_s > self.now_s
+            slots[self.species[chunk.tenant]] += 1
+        bucket = decision.batch.bucket
+        for s in (0, 1):
+            assert slots[s] <= bucket.slots[s]
+            if bucket.slots[s] == self.capacities[s]:
+                names = [c.tenant for c in decision.batch.chunks]
+                own = [n for n in names if self.species[n] == s]
+                assert len(own) == len(set(own))
+
+    @invariant()
+    def it_holds_exactly_what_waits(self):
+        queued = {r for name in self.TENANTS for r in self.scheduler.queued(name)}
+        assert queued == set(self.waiting)
+        assert self.scheduler.num_queued == len(self.waiting)
+
+    def teardown(self):
+        """Everything admitted is served or expires in a bounded number of steps."""
+        for _ in range(len(self.waiting) + 1):
+            self.decide()
+        assert not self.waiting
+
+
+TestHistory = History.TestCase
+TestHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
