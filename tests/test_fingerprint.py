@@ -149,12 +149,19 @@ def test_where_a_value_lives_is_not_part_of_the_key():
         axis_types=(jax.sharding.AxisType.Auto,),
         devices=jax.devices()[:1],
     )
-    placed = jax.NamedSharding(mesh, jax.P("x"))
+    places = [None, jax.P("x"), jax.P()]
 
-    def apply_fn(p, x, sharding=None):
-        return jax.jit(lambda y: y * p, out_shardings=sharding)(x)
+    def make(place):
+        def apply_fn(p, x):
+            if place is None:
+                return x * p
+            placed = jax.NamedSharding(mesh, place)
+            return jax.lax.with_sharding_constraint(x * p, placed)
 
-    assert key(functools.partial(apply_fn, sharding=placed)) == key(apply_fn)
+        return apply_fn
+
+    nowhere, rows, everywhere = [key(make(place)) for place in places]
+    assert rows == everywhere != nowhere
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,18 @@ def test_a_subset_of_one_bucket_shares_a_program_whoever_is_named():
     assert compiled == []
 
 
+def test_subsets_of_three_and_of_four_share_a_program():
+    case = BY_NAME["mlp"]
+    fused = stfuse.fuse([cases.job(case, i) for i in range(6)], cost="cpu")
+    bank, x = fused.pack(), case.inputs(0, 1)
+    names = list(fused.jobs)
+    fused(bank, dict.fromkeys(names[:3], x))
+    with count_compiles() as compiled:
+        fused(bank, dict.fromkeys(names[1:5], x))
+        fused(bank, dict.fromkeys(names[3:], x))
+    assert compiled == []
+
+
 def test_a_call_after_swap_compiles_nothing():
     case, fused, bank, requests = fresh()
     fused(bank, requests)
