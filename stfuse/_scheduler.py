@@ -186,7 +186,7 @@ class Scheduler:
     def _cancel(self, request: int) -> None:
         tenant = self._owner.get(request)
         if tenant is not None:
-            self._drop(tenant, [e for e in tenant.queue if e[1] == request])
+            self._drop(tenant, [request])
 
     def _install(self, event: Install) -> None:
         if not event.keeps_ready:
@@ -207,12 +207,15 @@ class Scheduler:
             if not tenant.queue:
                 del self._tenants[name]
 
-    def _drop(self, tenant: _Tenant, entries: Iterable[Sequence[float]]) -> None:
-        """Remove entries from a tenant's queue, and the tenant if it was leaving."""
-        gone = {entry[1] for entry in entries}
-        tenant.queue = [e for e in tenant.queue if e[1] not in gone]
+    def _drop(self, tenant: _Tenant, requests: Iterable[int]) -> None:
+        """Remove requests from a tenant's queue, and the tenant if it was leaving."""
+        gone = set(requests)
+        if all(entry[1] in gone for entry in tenant.queue[: len(gone)]):
+            del tenant.queue[: len(gone)]
+        else:
+            tenant.queue = [e for e in tenant.queue if e[1] not in gone]
         for request in gone:
-            self._owner.pop(int(request), None)
+            self._owner.pop(request, None)
         if not tenant.queue:
             self._waiting.pop(tenant.name, None)
             if tenant.is_leaving:
@@ -222,8 +225,8 @@ class Scheduler:
         expired: list[int] = []
         for tenant in list(self._waiting.values()):
             if tenant.queue[0][0] <= now_s:
-                late = [e for e in tenant.queue if e[0] <= now_s]
-                expired += [e[1] for e in late]
+                late = [e[1] for e in tenant.queue if e[0] <= now_s]
+                expired += late
                 self._drop(tenant, late)
         return tuple(expired)
 
@@ -303,8 +306,7 @@ class Scheduler:
             tenant = self._tenants[chunk.tenant]
             tenant.turn = self._num_steps
             tenant.service_s += step_s * chunk.rows / total_rows / tenant.weight
-            taken = set(chunk.requests)
-            self._drop(tenant, [e for e in tenant.queue if e[1] in taken])
+            self._drop(tenant, chunk.requests)
 
 
 def _fill(

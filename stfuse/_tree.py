@@ -46,7 +46,9 @@ def is_tracer(leaf: Any) -> bool:
 def is_typed_key(leaf: Any) -> bool:
     """Return whether a leaf has a JAX PRNG key dtype, which NumPy cannot hold."""
     dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+    if dtype is None or isinstance(dtype, np.dtype):  # the usual case, in no time
+        return False
+    return jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def spec_of(leaf: Any) -> jax.ShapeDtypeStruct:
