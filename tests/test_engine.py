@@ -527,3 +527,56 @@ def test_jobs_come_and_go_without_leaving_anything_behind():
             round_trip(float(i))
         assert threading.active_count() == threads
         assert len(jax.live_arrays()) <= arrays
+
+
+def test_a_swap_during_a_build_is_not_lost():
+    device, building, go = FakeDevice(), threading.Event(), threading.Event()
+    with serve(affine_job("a", shift=1.0), device=device) as engine:
+        compile_step = device.compile
+
+        def slow_compile(*args):
+            building.set()
+            go.wait(60)
+            return compile_step(*args)
+
+        device.compile = slow_compile
+        ready = engine.add(affine_job("b", width=2))
+        assert building.wait(60)  # the new lane has packed the old weights
+        engine.swap("a", affine_job("a", shift=7.0).params)
+        np.testing.assert_array_equal(engine.infer("a", ROW), ROW * 9)
+        go.set()
+        ready.result(60)
+        np.testing.assert_array_equal(engine.infer("a", ROW), ROW * 9)
+
+
+def test_a_removal_during_a_build_is_not_undone():
+    device, building, go = FakeDevice(), threading.Event(), threading.Event()
+    with serve(affine_job("a"), affine_job("b"), device=device) as engine:
+        compile_step = device.compile
+
+        def slow_compile(*args):
+            building.set()
+            go.wait(60)
+            return compile_step(*args)
+
+        device.compile = slow_compile
+        ready = engine.add(affine_job("c", width=2))
+        assert building.wait(60)
+        engine.remove("a")
+        go.set()
+        ready.result(60)
+        assert set(engine.stats().tenants) == {"b", "c"}
+        np.testing.assert_array_equal(engine.infer("b", ROW), ROW * 3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_lane_ends_with_its_last_job(policy):
+    with serve(affine_job("a"), affine_job("b"), policy=policy) as engine:
+        engine.remove("a")
+        engine.remove("b")
+        server = engine._server
+        assert not server.lanes
+        assert not server.scheduler._lanes
+        assert not server.tenants
+        engine.add(affine_job("a", shift=4.0)).result(60)
+        np.testing.assert_array_equal(engine.infer("a", ROW), ROW * 6)
