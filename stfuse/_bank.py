@@ -56,6 +56,26 @@ def pack(members: Sequence[Sequence[Any]], specs: Specs, capacity: int) -> Leave
     )
 
 
+def alias(
+    names: Sequence[Sequence[str]], columns: Sequence[Sequence[Sequence[Any]]]
+) -> tuple[int, ...]:
+    """Return which stack each species reads: one for the same leaves of the same jobs.
+
+    Args:
+        names: per species, its jobs.
+        columns: per species, per job, its leaves.
+
+    Returns:
+        Stack numbers 0, 1, ... in order of their first species.
+    """
+    numbers: dict[tuple[Any, ...], int] = {}
+    keys = [
+        (tuple(jobs), tuple(tuple(map(id, leaves)) for leaves in species))
+        for jobs, species in zip(names, columns, strict=True)
+    ]
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
 def is_shared(column: Sequence[Any], capacity: int) -> bool:
     """Return whether one leaf of all jobs is kept once.
 
@@ -147,11 +167,6 @@ def read(leaves: Leaves, specs: Specs, slot: int) -> Leaves:
         leaf[slot] if is_leaf_stacked(leaf, spec) else leaf
         for leaf, spec in zip(leaves, specs, strict=True)
     )
-
-
-def capacity_for(num_jobs: int) -> int:
-    """Return the capacity that a species grows to: the next power of two."""
-    return 1 << max(num_jobs - 1, 0).bit_length()
 
 
 def _update(stacks: list[Any], new: list[Any], slot: Any) -> list[Any]:

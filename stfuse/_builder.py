@@ -205,7 +205,9 @@ def _refusal(call: str, tenant: Tenant, error: Exception) -> DeviceError:
 
 
 def _install(lane: Lane, *, keeps_ready: bool = False) -> Install:
-    members = {name: s for name, (s, _) in lane.places.items()}
+    members = {
+        name: tuple(s for s, _ in places) for name, places in lane.places.items()
+    }
     return Install(lane.name, lane.capacities, members, keeps_ready)
 
 

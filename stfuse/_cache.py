@@ -31,10 +31,10 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
 def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bucket]:
     """Return the shapes that a lane is compiled for.
 
-    Every species alone at one slot (a lone request pays for nobody else), and all
-    species together at 1, 2, 4, ... slots each, bounded by their capacity; each at 1,
-    2, 4, ... rows. The first one covers the most: all work can run in it until the
-    others are ready.
+    Every species alone at one slot and at all (nobody pays for a species that has
+    nothing to do), and all species together at 1, 2, 4, ... slots each, bounded by
+    their capacity; each at 1, 2, 4, ... rows. The first one covers the most: all work
+    can run in it until the others are ready.
 
     Args:
         capacities: slots of each species' bank.
@@ -42,12 +42,13 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
         max_rows: most rows of a slot.
 
     Example:
-        >>> [str(b) for b in buckets((2, 1), 64, 2)]
-        ['2+1x2', '0+1x1', '0+1x2', '1+0x1', '1+0x2', '1+1x1', '1+1x2', '2+1x1']
+        >>> [str(b) for b in buckets((2, 1), 64, 1)]
+        ['2+1x1', '0+1x1', '1+0x1', '1+1x1', '2+0x1']
     """
     shapes = set()
     for i in range(len(capacities)):
-        shapes.add(tuple(int(i == j) for j in range(len(capacities))))
+        for k in (1, min(capacities[i], max_slots)):
+            shapes.add(tuple(k * (i == j) for j in range(len(capacities))))
     for k in powers_of_two(max(capacities)):
         together = tuple(min(k, c) for c in capacities)
         if sum(together) <= max_slots:
@@ -90,7 +91,8 @@ class StepCache:
         if is_mine:
             try:
                 entry.set_result(build_fn())
-                self.num_compiles += 1
+                with self._lock:
+                    self.num_compiles += 1
             except BaseException as error:
                 with self._lock:
                     self._entries.pop(signature, None)

@@ -18,12 +18,15 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from stfuse import _cache, _lane
 from stfuse._builder import Builder
 from stfuse._device import JaxDevice
 from stfuse._errors import ClosedError, DeadlineError, JobError, RequestError
 from stfuse._flight import Tenant
-from stfuse._job import Job, check_inputs
+from stfuse._inputs import check_inputs
+from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
@@ -134,10 +137,10 @@ class Engine:
             raise JobError(
                 f"`stfuse.Engine.add`: found a {found}; pass a `stfuse.Job`."
             )
-        program = trace(job)
-        leaves = (*job.flatten_params(job.params), *program.consts)
+        traces = tuple(map(trace, job.programs))
+        member = Member(job, traces, _own(job.flatten_params(job.params)))
         lane = self._builder.lane_of(job.name)
-        tenant = Tenant(job, Member(job, program, leaves), lane)
+        tenant = Tenant(job, member, lane)
         with self._server.lock:
             if self._server.is_closed:
                 raise ClosedError(CLOSED, jobs=(job.name,))
@@ -188,15 +191,11 @@ class Engine:
                 could not be built; the old weights stay.
         """
         tenant = self._tenant("swap", name, JobError)
-        leaves = tuple(tenant.job.flatten_params(params))
+        leaves = _own(tenant.job.flatten_params(params))
 
         def write() -> Future[None] | None:
             old = tenant.member
-            tenant.member = replace(
-                old,
-                leaves=(*leaves, *old.trace.consts),
-                generation=old.generation + 1,
-            )
+            tenant.member = replace(old, params=leaves, generation=old.generation + 1)
             lane = self._server.lanes.get(tenant.lane)
             if lane is None or not tenant.is_placed or _lane.write(lane, tenant.member):
                 return None  # a lane that is being built takes the newest weights
@@ -236,10 +235,10 @@ class Engine:
         """
         call = "stfuse.Engine.submit"
         tenant = self._tenant("submit", name, RequestError)
-        leaves, rows = check_inputs(tenant.job, inputs, call=call, copy=True)
-        if rows > self._max_batch_size:
+        checked = check_inputs(tenant.job, inputs, call=call, copy=True)
+        if checked.rows > self._max_batch_size:
             raise RequestError(
-                f"`{call}`: job '{name}': found {rows} rows; expected at most "
+                f"`{call}`: job '{name}': found {checked.rows} rows; expected at most "
                 f"max_batch_size = {self._max_batch_size}. Send several requests.",
                 jobs=(name,),
             )
@@ -250,7 +249,7 @@ class Engine:
                 f"`{call}`: job '{name}': deadline_s is {until_s!r}; pass seconds.",
                 jobs=(name,),
             )
-        return self._server.submit(tenant, leaves, rows, until_s)
+        return self._server.submit(tenant, checked, until_s)
 
     def infer(self, name: str, inputs: Any, *, timeout_s: float | None = None) -> Any:
         """Submit and wait.
@@ -377,6 +376,11 @@ class Engine:
             f"`stfuse.Engine.infer`: job '{name}': no answer within {timeout_s} s.",
             jobs=(name,),
         )
+
+
+def _own(leaves: list[Any]) -> tuple[Any, ...]:
+    """Return leaves that nobody else can change: lanes are rebuilt from them."""
+    return tuple(np.array(x) if isinstance(x, np.ndarray) else x for x in leaves)
 
 
 def _restore(tenant: Tenant, old: Member) -> None:

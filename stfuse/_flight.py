@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stfuse._job import Job
 from stfuse._lane import Lane, Member
+from stfuse._lengths import Shapes
 from stfuse._stacked import cut
-from stfuse._types import Batch, Chunk, StepRecord
+from stfuse._types import Batch, StepRecord
 
 
 @dataclass(slots=True)
@@ -51,6 +52,8 @@ class Request:
         submitted_s: when it arrived.
         deadline_s: when it must have started, on the same clock, or None.
         future: of its outputs.
+        length: which of the job's programs it is for.
+        out_sizes: shapes that its outputs are cut back to, or None.
     """
 
     tenant: Tenant
@@ -59,6 +62,8 @@ class Request:
     submitted_s: float
     deadline_s: float | None
     future: Future[Any]
+    length: int = 0
+    out_sizes: Shapes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,8 @@ def answers(
         start = 0
         for number in chunk.requests:
             request = requests[number]
-            own = cut(outputs[s], k, start, request.rows, request.tenant.job)
+            rows, job = request.rows, request.tenant.job
+            own = cut(outputs[s], k, start, rows, job, request.out_sizes)
             found.append((number, own))
             start += request.rows
     return found
@@ -132,7 +138,7 @@ def only(batch: Batch, wanted: Iterable[int], requests: Mapping[int, Request]) -
     """Return a batch with some of its requests."""
     wanted = set(wanted)
     chunks = tuple(
-        Chunk(c.tenant, kept, sum(requests[n].rows for n in kept))
+        replace(c, requests=kept, rows=sum(requests[n].rows for n in kept))
         for c in batch.chunks
         if (kept := tuple(n for n in c.requests if n in wanted))
     )

@@ -15,7 +15,8 @@ from stfuse._align import Plan, align
 from stfuse._bank import Bank
 from stfuse._cache import next_power_of_two
 from stfuse._errors import JobError, RequestError
-from stfuse._job import Job, check_inputs
+from stfuse._inputs import Checked, check_inputs
+from stfuse._job import Job
 from stfuse._stacked import Place, Stacked, StackedOutputs, cut, fill, to_host
 from stfuse._step import make_step
 from stfuse._trace import Trace, trace, trace_vjp
@@ -103,14 +104,27 @@ class Fused:
     def __init__(self, jobs: tuple[Job, ...], lowering: str, cost: Cost) -> None:
         """Trace, plan and build the step; nothing is compiled yet."""
         self.jobs: Mapping[str, Job] = {job.name: job for job in jobs}
-        self._traces = {job.name: trace(job) for job in jobs}
-        plan = align(tuple(self.jobs), tuple(self._traces.values()), cost)
+        # A job of variable length is one program for each of its lengths.
+        self._programs = [
+            (job.name, length, program)
+            for job in jobs
+            for length, program in enumerate(job.programs)
+        ]
+        labels = [
+            f"{name}[{length}]" if self.jobs[name].by_length else name
+            for name, length, _ in self._programs
+        ]
+        plan = align(labels, [trace(p) for _, _, p in self._programs], cost)
         self._species = plan.species
-        self._where = {
-            plan.names[member]: (s, slot)
+        self._where: dict[str, list[tuple[int, int]]] = {name: [] for name in self.jobs}
+        where = {
+            member: (s, slot)
             for s, one in enumerate(plan.species)
             for slot, member in enumerate(one.members)
         }
+        for i, (name, _, _) in enumerate(self._programs):
+            self._where[name].append(where[i])
+        self._stack_of = self._stacks()
         self.plan: Plan = self._with_lowerings(plan, lowering)
         step = make_step(
             [one.trace for one in plan.species],
@@ -118,7 +132,11 @@ class Fused:
             lowering=lowering,
             vjps=[self._vjps(s) for s in range(len(plan.species))],
         )
-        self._step = jax.jit(step)
+
+        def run(stacks: Any, slots: Any, inputs: Any) -> Any:
+            return step(tuple(stacks[i] for i in self._stack_of), slots, inputs)
+
+        self._step = jax.jit(run)
 
     def pack(self, params: Mapping[str, Any] | None = None) -> Bank:
         """Stack the jobs' parameters on the device.
@@ -135,20 +153,17 @@ class Fused:
         params = dict(params or {})
         for name in params:
             self._job("stfuse.Fused.pack", name)
-        columns = {
-            name: self._leaves(name, params.get(name, job.params))
-            for name, job in self.jobs.items()
-        }
-        return Bank(
-            tuple(
-                _bank.pack(
-                    [columns[self.plan.names[m]] for m in one.members],
-                    one.trace.param_specs,
-                    len(one.members),
-                )
-                for one in self._species
-            )
-        )
+        stacks: dict[int, Any] = {}
+        for one, i in zip(self._species, self._stack_of, strict=True):
+            if i not in stacks:
+                columns = []
+                for member in one.members:
+                    name, length, _ = self._programs[member]
+                    own = params.get(name, self.jobs[name].params)
+                    columns.append(self._leaves(name, length, own))
+                specs = one.trace.param_specs
+                stacks[i] = _bank.pack(columns, specs, len(columns))
+        return Bank(tuple(stacks.values()))
 
     def swap(self, bank: Bank, name: str, new_params: Any) -> Bank:
         """Return the bank with one job's parameters replaced; the old one stays valid.
@@ -168,16 +183,19 @@ class Fused:
             JobError: an unknown name, or params unlike the job's.
         """
         self._job("stfuse.Fused.swap", name)
-        s, slot = self._where[name]
-        specs = self._species[s].trace.param_specs
-        new, capacity = self._leaves(name, new_params), len(self._species[s].members)
-        if capacity == 1:
-            leaves = _bank.pack([new], specs, 1)
-        else:
-            leaves = _bank.unshare(bank.stacks[s], specs, capacity, new)
-            leaves = _bank.write(leaves, specs, slot, new)
         stacks = list(bank.stacks)
-        stacks[s] = leaves
+        # Programs that share a stack hold the job in the same slot of it: write once.
+        last = {self._stack_of[s]: at for at, (s, _) in enumerate(self._where[name])}
+        for i, length in last.items():
+            s, slot = self._where[name][length]
+            specs = self._species[s].trace.param_specs
+            capacity = len(self._species[s].members)
+            new = self._leaves(name, length, new_params)
+            if capacity == 1:
+                stacks[i] = _bank.pack([new], specs, 1)
+            else:
+                leaves = _bank.unshare(stacks[i], specs, capacity, new)
+                stacks[i] = _bank.write(leaves, specs, slot, new)
         return Bank(tuple(stacks))
 
     def stack(self, inputs: Mapping[str, Any]) -> Stacked:
@@ -200,11 +218,12 @@ class Fused:
             is_map = isinstance(inputs, Mapping)
             what = "empty" if is_map else f"a {type(inputs).__name__}"
             raise RequestError(f"`{call}`: inputs is {what}; pass {{name: inputs}}.")
-        found: list[dict[int, tuple[str, list[Any], int]]] = [{} for _ in self._species]
+        found: list[dict[int, tuple[str, Checked]]] = [{} for _ in self._species]
         for name, x in inputs.items():
             job = self._job(call, name, RequestError)
-            s, slot = self._where[name]
-            found[s][slot] = (name, *check_inputs(job, x, call=call))
+            checked = check_inputs(job, x, call=call)
+            s, slot = self._where[name][checked.length]
+            found[s][slot] = (name, checked)
         slots, buffers, places = [], [], []
         for s, members in enumerate(found):
             index, staged, placed = self._stage(s, members)
@@ -240,8 +259,8 @@ class Fused:
             for species in stacked.leaves
         ]
         return {
-            name: cut(leaves[s] or [], slot, 0, rows, self.jobs[name])
-            for name, s, slot, rows in stacked.places
+            name: cut(leaves[s] or [], slot, 0, rows, self.jobs[name], sizes)
+            for name, s, slot, rows, sizes in stacked.places
         }
 
     def __call__(self, bank: Bank, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,19 +289,29 @@ class Fused:
             )
         return self.jobs[name]
 
-    def _leaves(self, name: str, params: Any) -> list[Any]:
-        """Return a job's parameters in trace order, closed-over arrays last."""
-        return [*self.jobs[name].flatten_params(params), *self._traces[name].consts]
+    def _leaves(self, name: str, length: int, params: Any) -> list[Any]:
+        """Return one program's parameters, closed-over arrays last."""
+        job = self.jobs[name]
+        return [*job.flatten_params(params), *trace(job.programs[length]).consts]
+
+    def _stacks(self) -> tuple[int, ...]:
+        """Return which stack of the bank each species reads."""
+        names, columns = [], []
+        for one in self._species:
+            programs = [self._programs[m] for m in one.members]
+            names.append([name for name, _, _ in programs])
+            columns.append([trace(p).consts for _, _, p in programs])
+        return _bank.alias(names, columns)
 
     def _stage(
-        self, s: int, members: dict[int, tuple[str, list[Any], int]]
+        self, s: int, members: dict[int, tuple[str, Checked]]
     ) -> tuple[Any, Any, list[Place]]:
         """Return one species' slots, buffers and places."""
         if not members:
             return None, None, []
         capacity = len(self._species[s].members)
         used = sorted(members)
-        rows = next_power_of_two(max(n for _, _, n in members.values()))
+        rows = next_power_of_two(max(own.rows for _, own in members.values()))
         index = None
         if len(used) < capacity:
             num_slots = min(next_power_of_two(len(used)), capacity)
@@ -290,22 +319,22 @@ class Fused:
             index = np.asarray(used, np.int32)
         specs = self._species[s].trace.input_specs
         buffers = tuple(
-            fill([members[slot][1][i] for slot in used], rows, spec)
+            fill([members[slot][1].leaves[i] for slot in used], rows, spec)
             for i, spec in enumerate(specs)
         ) or (np.zeros((len(used), rows), np.int8),)
-        places = [
-            (members[slot][0], s, k, members[slot][2])
-            for k, slot in enumerate(used[: len(members)])
-        ]
+        places = []
+        for k, slot in enumerate(used[: len(members)]):
+            name, own = members[slot]
+            places.append((name, s, k, own.rows, own.out_sizes))
         return index, buffers, places
 
     def _vjps(self, s: int) -> Any:
         """Return a species' derivative programs by rows, and each slot's variant."""
-        names = [self.plan.names[m] for m in self._species[s].members]
+        programs = [self._programs[m][2] for m in self._species[s].members]
         # Equal programs may still have custom derivatives that differ.
-        functions = {id(self.jobs[n].jaxpr): self.jobs[n] for n in names}
+        functions = {id(program.jaxpr): program for program in programs}
         order = list(functions)
-        variants = tuple(order.index(id(self.jobs[n].jaxpr)) for n in names)
+        variants = tuple(order.index(id(program.jaxpr)) for program in programs)
 
         @functools.cache
         def vjp_fn(rows: int) -> list[Trace]:

@@ -7,15 +7,15 @@ import math
 import re
 import weakref
 from collections.abc import Hashable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stfuse import _tree
-from stfuse._errors import JobError, RequestError
+from stfuse._errors import JobError
+from stfuse._lengths import Lengths, carried_axes
 from stfuse._types import ApplyFn
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -44,11 +44,20 @@ class Job:
         slo_s: default deadline of a request, seconds from its submission.
         weight: share of the device among tenants without deadlines.
         batched: whether inputs and outputs have a row axis.
+        pad_values: for requests of variable length. ``example`` is a list then, of two
+            or more samples that differ in the size of some axes; a request is padded
+            at the end of those axes to the smallest sample that holds it, with this
+            value (one for all leaves, or a pytree of one per leaf), and its outputs
+            are cut back along every axis that has such an axis's size in all samples.
+            The answer is ``apply_fn`` of the padded inputs, cut back: a model must
+            know its padding, from a mask or from ``pad_values`` themselves.
 
     Attributes:
-        row: ``example`` as specs, without the row axis.
+        row: ``example`` (the largest) as specs, without the row axis.
         outputs: outputs as specs, without the row axis.
         jaxpr: the traced function of ``(params, row)``; only `_trace` reads it.
+        lengths: the row shapes and how requests fit them; None for one fixed shape.
+        by_length: this job at each of them, ascending.
 
     Raises:
         JobError: any argument is unusable; the message names the leaf, says what was
@@ -69,19 +78,32 @@ class Job:
     slo_s: float | None = None
     weight: float = 1.0
     batched: bool = True
+    pad_values: Any = field(default=None, repr=False)
     row: Any = field(init=False)
     outputs: Any = field(init=False)
     jaxpr: Any = field(init=False, repr=False)
+    lengths: Lengths | None = field(init=False, default=None)
+    by_length: tuple[Job, ...] = field(init=False, default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Check every argument, then trace at one row."""
         _check_options(self)
         _check_leaves(self, "params", self.params)
         _check_leaves(self, "example", self.example)
-        object.__setattr__(self, "row", _row_specs(self))
-        jaxpr, outputs = _traced(self)
-        object.__setattr__(self, "jaxpr", jaxpr)
-        object.__setattr__(self, "outputs", outputs)
+        if self.pad_values is None:
+            _set(self, row=_row_specs(self))
+            jaxpr, outputs = _traced(self)
+            _set(self, jaxpr=jaxpr, outputs=outputs)
+        else:
+            by_length, lengths = _lengths_of(self)
+            _set(self, by_length=by_length, lengths=lengths)
+            largest = by_length[-1]
+            _set(self, row=largest.row, jaxpr=largest.jaxpr, outputs=largest.outputs)
+
+    @property
+    def programs(self) -> tuple[Job, ...]:
+        """The job at each of its lengths, or the job itself."""
+        return self.by_length or (self,)
 
     @classmethod
     def from_linen(
@@ -155,95 +177,10 @@ class Job:
         return jax.tree.leaves(params)
 
 
-def check_inputs(
-    job: Job, inputs: Any, *, call: str, copy: bool = False
-) -> tuple[list[Any], int]:
-    """Return one request's input leaves as ``[B, ...]`` arrays, and B.
-
-    Args:
-        job: whose request it is.
-        inputs: pytree like ``job.example``. Arrays must have the declared dtype;
-            Python numbers and lists are converted to it.
-        call: the public call to name in errors.
-        copy: whether the caller may change its arrays afterwards.
-
-    Returns:
-        Leaves (NumPy arrays, or tracers as they came) and their number of rows; an
-        unbatched job's inputs come back as one row.
-
-    Raises:
-        RequestError: names the leaf, what was found and what was expected.
-    """
-    structure = jax.tree.structure(job.row)
-    try:
-        found = structure.flatten_up_to(inputs)
-    except (ValueError, TypeError) as error:
-        difference = _tree.first_difference(job.row, inputs) or str(error)
-        raise _refused(call, job, f"inputs do not fit: {difference}") from None
-    declared = _tree.leaves_with_paths(job.example)
-    rows: int | None = None
-    leaves = []
-    for (path, example), row, x in zip(
-        declared, jax.tree.leaves(job.row), found, strict=True
-    ):
-        where = f"inputs leaf '{path}'" if path else "inputs"
-        leaf = _to_array(call, job, where, example, row, x, copy)
-        expected = ("B", *row.shape) if job.batched else row.shape
-        shape = leaf.shape if job.batched else (1, *leaf.shape)
-        if len(shape) != len(row.shape) + 1 or shape[1:] != row.shape:
-            want = ",".join(map(str, expected))
-            raise _refused(
-                call, job, f"{where} is {_tree.describe(leaf)}; expected [{want}]"
-            )
-        if job.batched and leaf.shape[0] == 0:
-            raise _refused(call, job, f"{where} has no rows; expected at least one")
-        if rows is not None and shape[0] != rows:
-            raise _refused(
-                call, job, f"{where} has {shape[0]} rows; the first leaf has {rows}"
-            )
-        rows = shape[0]
-        leaves.append(leaf if job.batched else leaf[None])
-    return leaves, 1 if rows is None else rows
-
-
-def _refused(call: str, job: Job, what: str) -> RequestError:
-    return RequestError(f"`{call}`: job '{job.name}': {what}.", jobs=(job.name,))
-
-
-_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
-
-
-def _kind(dtype: Any) -> int:
-    """Return the rank of a dtype's kind; a lower one converts without loss of kind."""
-    return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), 9)
-
-
-def _to_array(
-    call: str, job: Job, where: str, example: Any, row: Any, x: Any, copy: bool
-) -> Any:
-    """Return one leaf with the dtype that the trace expects, or refuse it."""
-    declared = np.dtype(example.dtype) if hasattr(example, "dtype") else row.dtype
-    if isinstance(x, jax.Array | np.ndarray | np.generic):
-        if x.dtype not in (declared, row.dtype):
-            # A foreign byte order prints like the native one: show its code.
-            is_numpy = isinstance(x.dtype, np.dtype) and x.dtype.kind != "V"
-            found = x.dtype.str if is_numpy else x.dtype
-            raise _refused(
-                call, job, f"{where} has dtype {found}; expected {declared} (native)"
-            )
-        if _tree.is_tracer(x):
-            return x
-        return np.array(x, row.dtype, order="C", copy=copy or None)
-    try:
-        raw = np.asarray(x)
-        if raw.dtype.kind in "OSUMmV" or _kind(raw.dtype) > _kind(row.dtype):
-            raise TypeError(f"{raw.dtype} does not convert to {row.dtype}")
-        return np.array(x, row.dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        found = type(x).__name__
-        raise _refused(
-            call, job, f"{where} is a {found}; expected {declared} array ({error})"
-        ) from None
+def _set(job: Job, **derived: Any) -> None:
+    """Fill in what follows from the arguments of a job that is being built."""
+    for name, value in derived.items():
+        object.__setattr__(job, name, value)
 
 
 def _unusable(job: Job, what: str) -> JobError:
@@ -394,3 +331,33 @@ def _nnx_fn(graphdef: Any, _text: str) -> ApplyFn:
         return nnx.merge(graphdef, state)(x)
 
     return apply_fn
+
+
+def _lengths_of(job: Job) -> tuple[tuple[Job, ...], Lengths]:
+    """Return a job of variable length at each of its lengths, smallest first."""
+    samples = job.example
+    if not isinstance(samples, list | tuple) or len(samples) < 2:
+        raise _unusable(job, "with pad_values, example must list two or more samples")
+    first = jax.tree.structure(samples[0])
+    for sample in samples[1:]:
+        if jax.tree.structure(sample) != first:
+            raise _unusable(job, "the samples of example differ in structure")
+    at_each = [replace(job, example=x, pad_values=None) for x in samples]
+    at_each.sort(key=lambda j: sum(math.prod(s) for s in _shapes(j.row)))
+    ranks = {tuple(map(len, _shapes(j.row))) for j in at_each}
+    if len(ranks) > 1 or len({j.name for j in at_each}) != 1:
+        raise _unusable(job, "the samples of example differ in rank")
+    if len({_shapes(j.row) for j in at_each}) < len(at_each):
+        raise _unusable(job, "two samples of example have the same shapes")
+    try:
+        values = first.flatten_up_to(job.pad_values)
+    except ValueError:
+        values = [job.pad_values] * first.num_leaves
+    if any(np.ndim(v) != 0 or not _tree.is_arraylike(v) for v in values):
+        raise _unusable(job, "pad_values must be a number, or one for each input leaf")
+    rows, outputs = zip(*((_shapes(j.row), _shapes(j.outputs)) for j in at_each))  # noqa: B905
+    return tuple(at_each), Lengths(rows, tuple(values), carried_axes(rows, outputs))
+
+
+def _shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(tree))

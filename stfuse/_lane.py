@@ -24,15 +24,19 @@ class Member:
 
     Attributes:
         job: the job.
-        trace: its program.
-        leaves: its parameters in trace order, closed-over arrays last.
+        traces: its program at each of its lengths.
+        params: its parameters in trace order.
         generation: counts swaps.
     """
 
     job: Job
-    trace: Trace
-    leaves: tuple[Any, ...] = field(repr=False)
+    traces: tuple[Trace, ...]
+    params: tuple[Any, ...] = field(repr=False)
     generation: int = 0
+
+    def leaves(self, length: int) -> tuple[Any, ...]:
+        """Return the parameters of one program, closed-over arrays last."""
+        return (*self.params, *self.traces[length].consts)
 
 
 @dataclass(slots=True)
@@ -43,9 +47,11 @@ class Lane:
         name: its name.
         traces: one program per species.
         capacities: slots of each species.
+        stack_of: which of the bank's stacks each species reads; a job's programs at
+            several lengths share one.
         bank: the parameters.
-        places: species and slot of each job by name.
-        generations: of the weights that each slot holds.
+        places: species and slot of each job's programs, by name.
+        generations: of the weights that each job's slots hold.
         steps: compiled steps by bucket.
         buffers: free staging buffers by bucket.
     """
@@ -53,78 +59,100 @@ class Lane:
     name: str
     traces: tuple[Trace, ...]
     capacities: tuple[int, ...]
+    stack_of: tuple[int, ...]
     bank: Bank
-    places: dict[str, tuple[int, int]]
+    places: dict[str, tuple[tuple[int, int], ...]]
     generations: dict[str, int]
     steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
     buffers: dict[Bucket, list[Any]] = field(default_factory=dict)
 
+    def stacks(self) -> tuple[Any, ...]:
+        """Return the parameters of each species, as a step takes them."""
+        return tuple(self.bank.stacks[i] for i in self.stack_of)
+
 
 def build(name: str, members: Sequence[Member], device: Device) -> Lane:
     """Group members by program and pack their weights; nothing is compiled yet."""
-    species = group([m.trace for m in members])
+    programs = [(m, length) for m in members for length in range(len(m.traces))]
+    species = group([m.traces[length] for m, length in programs])
     capacities = tuple(_cache.next_power_of_two(len(one.members)) for one in species)
+    columns = [
+        [programs[i][0].leaves(programs[i][1]) for i in one.members] for one in species
+    ]
+    names = [[programs[i][0].job.name for i in one.members] for one in species]
+    stack_of = _bank.alias(names, columns)
     stacks = tuple(
-        _bank.pack(
-            [members[m].leaves for m in one.members], one.trace.param_specs, capacity
-        )
-        for one, capacity in zip(species, capacities, strict=True)
+        _bank.pack(columns[s], species[s].trace.param_specs, capacities[s])
+        for s in dict.fromkeys(map(stack_of.index, stack_of))
     )
+    places: dict[str, list[tuple[int, int]]] = {m.job.name: [] for m in members}
+    where = {
+        i: (s, k) for s, one in enumerate(species) for k, i in enumerate(one.members)
+    }
+    for i, (member, _) in enumerate(programs):
+        places[member.job.name].append(where[i])
     return Lane(
         name=name,
         traces=tuple(one.trace for one in species),
         capacities=capacities,
+        stack_of=stack_of,
         bank=device.put(Bank(stacks)),
-        places={
-            members[m].job.name: (s, slot)
-            for s, one in enumerate(species)
-            for slot, m in enumerate(one.members)
-        },
+        places={job: tuple(each) for job, each in places.items()},
         generations={m.job.name: m.generation for m in members},
     )
 
 
 def join(lane: Lane, member: Member) -> bool:
     """Give a job a free slot, if the lane has one that needs no recompiling."""
-    for s, trace in enumerate(lane.traces):
-        if trace.key == member.trace.key:
-            taken = {slot for of, slot in lane.places.values() if of == s}
-            free = sorted(set(range(lane.capacities[s])) - taken)
-            if free:
-                lane.places[member.job.name] = (s, free[0])
-                if write(lane, member):
-                    return True
-                del lane.places[member.job.name]
+    keys = [trace.key for trace in lane.traces]
+    if any(trace.key not in keys for trace in member.traces):
+        return False
+    places = []
+    for trace in member.traces:
+        s = keys.index(trace.key)
+        taken = {slot for each in lane.places.values() for of, slot in each if of == s}
+        free = sorted(set(range(lane.capacities[s])) - taken)
+        places.append((s, free[0] if free else -1))
+    if any(slot < 0 for _, slot in places):
+        return False
+    lane.places[member.job.name] = tuple(places)
+    if write(lane, member):
+        return True
+    del lane.places[member.job.name]
     return False
 
 
 def leave(lane: Lane, name: str) -> None:
-    """Free a job's slot."""
+    """Free a job's slots."""
     lane.places.pop(name, None)
     lane.generations.pop(name, None)
 
 
 def write(lane: Lane, member: Member) -> bool:
-    """Put a job's weights into its slot; False if that would change the layout."""
-    s, slot = lane.places[member.job.name]
-    specs, leaves = lane.traces[s].param_specs, lane.bank.stacks[s]
-    if lane.capacities[s] == 1:
-        fresh = _bank.pack([member.leaves], specs, 1)
-        # The new arrays live where the old ones did.
-        new = tuple(
-            jax.device_put(x, old.sharding)
-            for x, old in zip(fresh, leaves, strict=True)
-        )
-    elif _bank.fits_shared(leaves, specs, member.leaves):
+    """Put a job's weights into its slots; False if that would change the layout."""
+    stacks = list(lane.bank.stacks)
+    # Programs that share a stack hold the job in the same slot of it.
+    places = {
+        lane.stack_of[s]: (s, slot, member.leaves(length))
+        for length, (s, slot) in enumerate(lane.places[member.job.name])
+    }
+    for i, (s, _, new) in places.items():
+        specs = lane.traces[s].param_specs
+        if lane.capacities[s] > 1 and not _bank.fits_shared(stacks[i], specs, new):
+            return False
+    for i, (s, slot, new) in places.items():
+        specs = lane.traces[s].param_specs
+        if lane.capacities[s] == 1:
+            new = _bank.pack([new], specs, 1)
+        # The new arrays go where the old ones are.
         fresh = [
             jax.device_put(x, old.sharding)
-            for x, old in zip(member.leaves, leaves, strict=True)
+            for x, old in zip(new, stacks[i], strict=True)
         ]
-        new = _bank.write(leaves, specs, slot, fresh, donate=True)
-    else:
-        return False
-    stacks = list(lane.bank.stacks)
-    stacks[s] = new
+        if lane.capacities[s] == 1:
+            stacks[i] = tuple(fresh)
+        else:
+            stacks[i] = _bank.write(stacks[i], specs, slot, fresh, donate=True)
     lane.bank = Bank(tuple(stacks))
     lane.generations[member.job.name] = member.generation
     return True
@@ -134,9 +162,7 @@ def compile_bucket(
     lane: Lane, bucket: Bucket, device: Device, *, cost: Cost, lowering: str = "auto"
 ) -> Callable[..., Any]:
     """Return the lane's compiled step for a bucket, from the cache if it is there."""
-    bank = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lane.bank.stacks
-    )
+    bank = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lane.stacks())
     slots, inputs = _specs(lane, bucket)
     form: Hashable = tuple((s.shape, s.dtype) for s in jax.tree.leaves(bank))
     signature = (
@@ -178,7 +204,7 @@ def stage(
     filled = [0] * len(lane.traces)
     placed = []
     for chunk in chunks:
-        s, own = lane.places[chunk.tenant]
+        s, own = lane.places[chunk.tenant][chunk.length]
         k = own if slots[s] is None else filled[s]
         filled[s] += 1
         placed.append((s, k))

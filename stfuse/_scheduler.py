@@ -47,10 +47,10 @@ class _Tenant:
     name: str
     weight: float
     lane: str | None = None
-    species: int = 0
+    species: tuple[int, ...] = (0,)  # by length
     is_leaving: bool = False
-    # (deadline or inf, request, rows, arrival), ascending: the order they run in.
-    queue: list[tuple[float, int, int, float]] = field(default_factory=list)
+    # (deadline or inf, request, rows, arrival, length), in the order they run.
+    queue: list[tuple[float, int, int, float, int]] = field(default_factory=list)
     service_s: float = 0.0
     turn: int = 0
 
@@ -179,7 +179,13 @@ class Scheduler:
             tenant.service_s = max(tenant.service_s, min(active, default=0.0))
             self._waiting[tenant.name] = tenant
         deadline_s = math.inf if event.deadline_s is None else event.deadline_s
-        entry = (deadline_s, event.request, event.rows, event.now_s)
+        entry = (
+            deadline_s,
+            event.request,
+            event.rows,
+            event.now_s,
+            event.length,
+        )
         bisect.insort(tenant.queue, entry)
         self._owner[event.request] = tenant
 
@@ -241,7 +247,7 @@ class Scheduler:
             return sorted(waiting, key=lambda t: t.turn)
 
         def urgency(tenant: _Tenant) -> tuple[float, float, int]:
-            deadline_s, request, _, _ = tenant.queue[0]
+            deadline_s, request, *_ = tenant.queue[0]
             return (deadline_s, tenant.service_s, request)
 
         order = sorted(waiting, key=urgency)
@@ -252,23 +258,26 @@ class Scheduler:
 
     def _chunks(self, tenant: _Tenant, max_rows: int, limit: int) -> list[Chunk]:
         """Cut the front of a queue into slots; stop at a request that fits none."""
-        if self._policy is Policy.TIME:
-            limit = 1
-        chunks: list[Chunk] = []
-        requests: list[int] = []
-        rows = 0
-        for _, request, size, _ in tenant.queue:
-            is_full = rows + size > max_rows or self._policy is Policy.TIME
-            if requests and is_full:
-                chunks.append(Chunk(tenant.name, tuple(requests), rows))
-                requests, rows = [], 0
-            if size > max_rows or len(chunks) == limit:
+        is_one = self._policy is Policy.TIME
+        found: list[tuple[list[int], int, int]] = []  # requests, rows, length
+        place: dict[int, int] = {}  # where each length's last chunk stands
+        for _, request, size, _, length in tenant.queue:
+            if size > max_rows:
                 break
-            requests.append(request)
-            rows += size
-        if requests:
-            chunks.append(Chunk(tenant.name, tuple(requests), rows))
-        return chunks
+            at = place.get(length)
+            if at is not None and found[at][1] + size <= max_rows and not is_one:
+                requests, rows, _ = found[at]
+                requests.append(request)
+                found[at] = (requests, rows + size, length)
+                continue
+            if len(found) == (1 if is_one else limit):
+                break
+            place[length] = len(found)
+            found.append(([request], size, length))
+        return [
+            Chunk(tenant.name, tuple(requests), rows, length, tenant.species[length])
+            for requests, rows, length in found
+        ]
 
     def _best(
         self, lane: _Lane, first: _Tenant, mates: Sequence[_Tenant]
@@ -283,7 +292,7 @@ class Scheduler:
                 cut[bucket.rows] = [
                     self._chunks(t, bucket.rows, most_slots) for t in mates
                 ]
-            chunks = _fill(lane, bucket, mates, cut[bucket.rows])
+            chunks = _fill(lane, bucket, cut[bucket.rows])
             score = sum([chunk.rows for chunk in chunks]) / step_s
             serves_first = chunks and chunks[0].tenant == first.name
             if serves_first and score > best_score:
@@ -295,7 +304,7 @@ class Scheduler:
         return min(
             min(arrival_s + self._max_queue_delay_s, deadline_s - step_s)
             for tenant in mates
-            for deadline_s, _, _, arrival_s in tenant.queue
+            for deadline_s, _, _, arrival_s, _ in tenant.queue
         )
 
     def _take(self, chunks: Sequence[Chunk], step_s: float) -> None:
@@ -310,10 +319,7 @@ class Scheduler:
 
 
 def _fill(
-    lane: _Lane,
-    bucket: Bucket,
-    tenants: Sequence[_Tenant],
-    chunks: Sequence[Sequence[Chunk]],
+    lane: _Lane, bucket: Bucket, chunks: Sequence[Sequence[Chunk]]
 ) -> list[Chunk]:
     """Return what a bucket would serve: a slot for each tenant, then seconds.
 
@@ -321,16 +327,21 @@ def _fill(
     """
     left = list(bucket.slots)
     picked: list[Chunk] = []
-    for tenant, own in zip(tenants, chunks, strict=True):
-        if own and left[tenant.species]:
-            picked.append(own[0])
-            left[tenant.species] -= 1
-    if not any(left):
-        return picked
-    for tenant, own in zip(tenants, chunks, strict=True):
-        s = tenant.species
-        if bucket.slots[s] < lane.capacities[s]:
-            second = own[1 : 1 + left[s]]
-            picked += second
-            left[s] -= len(second)
+    held: set[tuple[str, int]] = set()
+
+    def pick(chunk: Chunk) -> None:
+        s, who = chunk.species, (chunk.tenant, chunk.species)
+        is_dense = bucket.slots[s] == lane.capacities[s]
+        if left[s] and not (is_dense and who in held):
+            picked.append(chunk)
+            held.add(who)
+            left[s] -= 1
+
+    for own in chunks:
+        if own:
+            pick(own[0])
+    if any(left):
+        for own in chunks:
+            for chunk in own[1:]:
+                pick(chunk)
     return picked

@@ -27,6 +27,7 @@ from stfuse._errors import (
     QueueFullError,
 )
 from stfuse._flight import Flight, Request, Tenant, halves, only
+from stfuse._inputs import Checked
 from stfuse._lane import Lane
 from stfuse._metrics import Metrics
 from stfuse._scheduler import Scheduler
@@ -110,7 +111,7 @@ class Server:
         return done
 
     def submit(
-        self, tenant: Tenant, leaves: Sequence[Any], rows: int, deadline_s: float | None
+        self, tenant: Tenant, inputs: Checked, deadline_s: float | None
     ) -> Future[Any]:
         """Queue a request.
 
@@ -126,12 +127,22 @@ class Server:
             until_s = None if deadline_s is None else now_s + deadline_s
             name = tenant.job.name
             try:
-                self.scheduler.handle(Submit(number, name, rows, now_s, until_s))
+                self.scheduler.handle(
+                    Submit(number, name, inputs.rows, now_s, until_s, inputs.length)
+                )
             except (QueueFullError, DeadlineError):
                 self.metrics.count(name, "rejected")
                 raise
-            request = Request(tenant, leaves, rows, now_s, until_s, future)
-            self._requests[number] = request
+            self._requests[number] = Request(
+                tenant=tenant,
+                leaves=inputs.leaves,
+                rows=inputs.rows,
+                submitted_s=now_s,
+                deadline_s=until_s,
+                future=future,
+                length=inputs.length,
+                out_sizes=inputs.out_sizes,
+            )
             tenant.outstanding += 1
             self.lock.notify_all()
         future.add_done_callback(lambda f: f.cancelled() and self._cancelled(number))
@@ -195,7 +206,7 @@ class Server:
         slots, inputs = _lane.sample(lane, bucket)
         start_s = self.clock()
         step = lane.steps[bucket]
-        self.device.read(self.device.launch(step, lane.bank.stacks, slots, inputs))
+        self.device.read(self.device.launch(step, lane.stacks(), slots, inputs))
         return max(self.clock() - start_s, 1e-6)
 
     def _next(self) -> tuple[list[Any], Batch | None, tuple[int, ...]] | None:
@@ -238,7 +249,7 @@ class Server:
                 n: self._requests[n].leaves for c in batch.chunks for n in c.requests
             }
             slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
-            outputs = self.device.launch(step, lane.bank.stacks, slots, inputs)
+            outputs = self.device.launch(step, lane.stacks(), slots, inputs)
         except Exception as error:  # whatever a device raises is an outcome per job
             self._failed(batch, error)
             return

@@ -13,9 +13,11 @@ import numpy as np
 
 from stfuse import _tree
 from stfuse._job import Job
+from stfuse._lengths import Shapes
 
-# Where an answer stands: job name, species, slot of the step, rows.
-Place = tuple[str, int, int, int]
+# Where an answer stands: job name, species, slot of the step, rows, and the shapes that
+# its outputs are cut back to.
+Place = tuple[str, int, int, int, Shapes | None]
 
 
 @functools.partial(
@@ -80,7 +82,14 @@ def to_host(x: Any) -> Any:
     return np.asarray(x)
 
 
-def cut(outputs: Sequence[Any], k: int, start: int, rows: int, job: Job) -> Any:
+def cut(
+    outputs: Sequence[Any],
+    k: int,
+    start: int,
+    rows: int,
+    job: Job,
+    out_sizes: Shapes | None = None,
+) -> Any:
     """Return one request's outputs, copied so that they are the caller's own.
 
     Args:
@@ -89,9 +98,12 @@ def cut(outputs: Sequence[Any], k: int, start: int, rows: int, job: Job) -> Any:
         start: its first row.
         rows: how many.
         job: whose request it is; an unbatched one has no row axis.
+        out_sizes: per leaf the shape to cut its padding back to, or None.
     """
     of = slice(start, start + rows) if job.batched else start
-    own = [
-        np.array(x[k, of]) if isinstance(x, np.ndarray) else x[k, of] for x in outputs
-    ]
+    own = []
+    for i, x in enumerate(outputs):
+        sizes = out_sizes[i] if out_sizes else ()
+        y = x[(k, of, *map(slice, sizes))]
+        own.append(np.array(y) if isinstance(x, np.ndarray) else y)
     return jax.tree.unflatten(jax.tree.structure(job.outputs), own)

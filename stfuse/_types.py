@@ -69,7 +69,8 @@ class Cost:
 
     def __post_init__(self) -> None:
         """Refuse rates that no device has."""
-        if min(self.launch_s, self.bytes_per_s, self.flops_per_s) <= 0:
+        rates = (self.launch_s, self.bytes_per_s, self.flops_per_s)
+        if not all(rate > 0 for rate in rates):  # a NaN is no rate either
             raise ValueError(
                 f"`stfuse.Cost`: found {self}; every rate must be positive."
             )
@@ -110,13 +111,14 @@ class Install:
     Attributes:
         lane: its name.
         capacities: slots of each species' bank.
-        members: the tenants it serves, and the species of each; none ends the lane.
+        members: the tenants it serves, and each one's species by length; none ends
+            the lane.
         keeps_ready: whether its buckets stay ready: only the members changed.
     """
 
     lane: str
     capacities: tuple[int, ...]
-    members: dict[str, int]
+    members: dict[str, tuple[int, ...]]
     keeps_ready: bool = False
 
 
@@ -139,6 +141,7 @@ class Submit:
         rows: how many rows it has.
         now_s: when it arrived.
         deadline_s: when it must have started, on the same clock; None for whenever.
+        length: which of the tenant's programs it is for.
     """
 
     request: int
@@ -146,6 +149,7 @@ class Submit:
     rows: int
     now_s: float
     deadline_s: float | None = None
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +169,21 @@ Event = Join | Leave | Install | Ready | Submit | Cancel | Drain
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Requests of one tenant that fill one slot."""
+    """Requests of one tenant and one length that fill one slot.
+
+    Attributes:
+        tenant: whose they are.
+        requests: their numbers, in order.
+        rows: their rows together.
+        length: which of the tenant's programs they are for.
+        species: that program's place in the lane.
+    """
 
     tenant: str
     requests: tuple[int, ...]
     rows: int
+    length: int = 0
+    species: int = 0
 
 
 @dataclass(frozen=True, slots=True)

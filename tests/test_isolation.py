@@ -157,6 +157,7 @@ def test_an_answer_has_the_same_bytes_in_whichever_slot_its_job_sits(case):
     beside_first = fused(bank, {first: case.inputs(8, 4), second: x})
     beside_third = fused(bank, {second: x, third: case.inputs(9, 4)})
     assert_bitwise(beside_first[second], beside_third[second])
+    assert_same(beside_third[second], alone(fused.jobs[second], x), case)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "conv", "attention", "lstm", "linen"])

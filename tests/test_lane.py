@@ -18,9 +18,8 @@ DEVICE = JaxDevice()
 
 
 def member(job, generation=0):
-    program = trace(job)
-    leaves = (*job.flatten_params(job.params), *program.consts)
-    return Member(job, program, leaves, generation)
+    traces = tuple(map(trace, job.programs))
+    return Member(job, traces, tuple(job.flatten_params(job.params)), generation)
 
 
 def network(name, seed, width=4):

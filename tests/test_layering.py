@@ -9,9 +9,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # In import order: a file imports only files above it.
 ORDER = (
-    "_errors _types _tree _job _fingerprint _trace _cost _align _lower _step _bank "
-    "_stacked _cache _fuse _metrics _scheduler _device _lane _flight _server _builder "
-    "_engine __init__ testing"
+    "_errors _types _tree _lengths _job _inputs _fingerprint _trace _cost _align "
+    "_lower _step _bank _stacked _cache _fuse _metrics _scheduler _device _lane "
+    "_flight _server _builder _engine __init__ testing"
 ).split()
 SOURCES = sorted(
     path
@@ -91,6 +91,13 @@ def test_a_file_is_small_and_so_are_its_functions(path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if body:
                 assert body[-1].end_lineno - body[0].lineno < 40, node.name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name
+)
+def test_a_test_file_is_small_too(path):
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_nothing_reaches_for_private_or_unsafe_modules():

@@ -13,7 +13,7 @@ import stfuse.testing
 
 FILES = sorted(p.stem for p in pathlib.Path(stfuse.__file__).parent.glob("*.py"))
 CONTRACT = {
-    "Job": "name apply_fn params example slo_s weight batched",
+    "Job": "name apply_fn params example slo_s weight batched pad_values",
     "Job.from_linen": "name module variables example apply_kwargs",
     "Job.from_nnx": "name model example",
     "fuse": "jobs max_waste lowering cost",

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 import stfuse
 from stfuse import _trace
-from tests import cases
+from tests import cases, functions
 from tests.cases import BY_NAME
 
 ROWS = (3, 1, 2)
@@ -194,7 +194,7 @@ def test_equal_linen_modules_share_one_trace():
 
 def test_equal_nnx_models_share_one_trace():
     x = BY_NAME["nnx"].inputs(0, 1)
-    one, other = (stfuse.Job.from_nnx("a", cases.Nnx(seed), x) for seed in (0, 1))
+    one, other = (stfuse.Job.from_nnx("a", functions.Nnx(seed), x) for seed in (0, 1))
     assert one.jaxpr is other.jaxpr
     assert one.jaxpr is not cases.job(BY_NAME["nnx"], 0).jaxpr  # that one evaluates
 

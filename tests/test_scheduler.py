@@ -32,7 +32,7 @@ def one_lane(policy=Policy.SPACE_TIME, tenants="abc", capacity=4, rows=2, **opti
     else:
         lanes, capacity = {name: (name,) for name in tenants}, 1
     for lane, members in lanes.items():
-        scheduler.handle(Install(lane, (capacity,), dict.fromkeys(members, 0)))
+        scheduler.handle(Install(lane, (capacity,), dict.fromkeys(members, (0,))))
         slots = 1
         while slots <= capacity:
             for b in {1, rows}:
@@ -95,7 +95,7 @@ def test_a_heavy_tenant_fills_the_slots_that_others_leave():
 def test_where_all_slots_run_a_tenant_has_its_own_only():
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
     scheduler.handle(Join("a"))
-    scheduler.handle(Install("all", (2,), {"a": 0}))
+    scheduler.handle(Install("all", (2,), {"a": (0,)}))
     scheduler.handle(Ready("all", Bucket((2,), 1), 0.01))
     submit(scheduler, 0, "a")
     submit(scheduler, 1, "a")
@@ -151,7 +151,7 @@ def test_service_is_shared_by_weight():
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_size=1000)
     for name, weight in (("light", 1.0), ("heavy", 3.0)):
         scheduler.handle(Join(name, weight))
-    scheduler.handle(Install("all", (2,), {"light": 0, "heavy": 0}))
+    scheduler.handle(Install("all", (2,), {"light": (0,), "heavy": (0,)}))
     scheduler.handle(Ready("all", Bucket((1,), 1), 0.01))
     for request in range(400):
         submit(scheduler, request, "light" if request % 2 else "heavy")
@@ -175,7 +175,7 @@ def test_it_takes_the_bucket_of_most_rows_a_second():
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
     for name in "abcd":
         scheduler.handle(Join(name))
-    scheduler.handle(Install("all", (8,), dict.fromkeys("abcd", 0)))
+    scheduler.handle(Install("all", (8,), dict.fromkeys("abcd", (0,))))
     scheduler.handle(Ready("all", Bucket((4,), 1), 1.0))
     scheduler.handle(Ready("all", Bucket((2,), 1), 0.3))
     for request, name in enumerate("abcd"):
@@ -243,7 +243,7 @@ def test_two_species_run_in_one_step():
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
     for name in "ab":
         scheduler.handle(Join(name))
-    scheduler.handle(Install("all", (1, 1), {"a": 0, "b": 1}))
+    scheduler.handle(Install("all", (1, 1), {"a": (0,), "b": (1,)}))
     scheduler.handle(Ready("all", Bucket((1, 1), 1), 0.01))
     scheduler.handle(Ready("all", Bucket((1, 0), 1), 0.01))
     submit(scheduler, 0, "a")
@@ -256,12 +256,24 @@ def test_members_may_change_while_the_buckets_stay_ready():
     scheduler.handle(Join("z"))
     submit(scheduler, 0, "z")
     assert scheduler.decide(0.0).batch is None
-    members = {"a": 0, "z": 0}
+    members = {"a": (0,), "z": (0,)}
     scheduler.handle(Install("all", (4,), members, keeps_ready=True))
     assert served(scheduler.decide(0.0)) == [("z", (0,))]
     scheduler.handle(Install("all", (4,), members))
     submit(scheduler, 1, "z")
     assert scheduler.decide(0.0).batch is None  # the new step has no bucket yet
+
+
+def test_requests_of_two_lengths_never_share_a_slot():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=4)
+    scheduler.handle(Join("a"))
+    scheduler.handle(Install("all", (1, 1), {"a": (0, 1)}))
+    scheduler.handle(Ready("all", Bucket((1, 1), 4), 0.01))
+    for request, length in enumerate([0, 1, 0, 1, 1]):
+        scheduler.handle(Submit(request, "a", 1, 0.0, None, length))
+    chunks = scheduler.decide(0.0).batch.chunks
+    found = [(c.requests, c.length, c.species) for c in chunks]
+    assert found == [((0, 2), 0, 0), ((1, 3, 4), 1, 1)]
 
 
 class History(RuleBasedStateMachine):
@@ -280,7 +292,8 @@ class History(RuleBasedStateMachine):
         )
         for name in self.TENANTS:
             self.scheduler.handle(Join(name))
-        species = {name: i % 2 for i, name in enumerate(self.TENANTS)}
+        species = {name: (i % 2,) for i, name in enumerate(self.TENANTS)}
+        species["e"] = (0, 1)  # a tenant of two lengths
         self.capacities = (4, 2)
         self.species = species
         self.scheduler.handle(Install("all", self.capacities, species))
@@ -293,18 +306,21 @@ class History(RuleBasedStateMachine):
         tenant=st.sampled_from(TENANTS),
         rows=st.integers(1, 4),
         patience_s=st.none() | st.floats(0.001, 1.0),
+        length=st.integers(0, 1),
     )
-    def submit(self, tenant, rows, patience_s):
+    def submit(self, tenant, rows, patience_s, length):
+        length = min(length, len(self.species[tenant]) - 1)
         deadline_s = None if patience_s is None else self.now_s + patience_s
         request, self.next = self.next, self.next + 1
-        queued = sum(t == tenant for t, _, _ in self.waiting.values())
+        queued = sum(t == tenant for t, *_ in self.waiting.values())
         try:
-            submit(self.scheduler, request, tenant, self.now_s, rows, deadline_s)
+            event = Submit(request, tenant, rows, self.now_s, deadline_s, length)
+            self.scheduler.handle(event)
         except QueueFullError:
             assert queued == self.MAX_QUEUE
         else:
             assert queued < self.MAX_QUEUE
-            self.waiting[request] = (tenant, rows, deadline_s)
+            self.waiting[request] = (tenant, rows, deadline_s, length)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -321,7 +337,7 @@ class History(RuleBasedStateMachine):
     def decide(self):
         decision = self.scheduler.decide(self.now_s)
         for request in decision.expired:
-            _, _, deadline_s = self.waiting.pop(request)
+            _, _, deadline_s, _ = self.waiting.pop(request)
             assert deadline_s is not None and deadline_s <= self.now_s
         if decision.batch is None:
             assert not self.waiting, "work waits, buckets are ready, nothing starts"
@@ -329,18 +345,20 @@ class History(RuleBasedStateMachine):
         slots = [0, 0]
         for chunk in decision.batch.chunks:
             of = [self.waiting.pop(request) for request in chunk.requests]
-            assert {tenant for tenant, _, _ in of} == {chunk.tenant}
-            assert sum(rows for _, rows, _ in of) == chunk.rows
+            assert {tenant for tenant, *_ in of} == {chunk.tenant}
+            assert {length for *_, length in of} == {chunk.length}
+            assert self.species[chunk.tenant][chunk.length] == chunk.species
+            assert sum(rows for _, rows, *_ in of) == chunk.rows
             assert chunk.rows <= decision.batch.bucket.rows
-            for _, _, deadline_s in of:
+            for _, _, deadline_s, _ in of:
                 assert deadline_s is None or deadline_s > self.now_s
-            slots[self.species[chunk.tenant]] += 1
+            slots[chunk.species] += 1
         bucket = decision.batch.bucket
         for s in (0, 1):
             assert slots[s] <= bucket.slots[s]
             if bucket.slots[s] == self.capacities[s]:
-                names = [c.tenant for c in decision.batch.chunks]
-                own = [n for n in names if self.species[n] == s]
+                chunks = decision.batch.chunks
+                own = [c.tenant for c in chunks if c.species == s]
                 assert len(own) == len(set(own))
 
     @invariant()

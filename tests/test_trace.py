@@ -12,7 +12,7 @@ import stfuse
 from stfuse import _trace
 from stfuse._cost import RECORDS
 from stfuse._step import evaluate
-from tests import cases
+from tests import cases, functions
 from tests.cases import BY_NAME, CASES, alone, assert_same
 
 
@@ -73,7 +73,7 @@ def test_calls_that_only_wrap_a_body_are_inlined():
     def apply_fn(p, x):
         @jax.remat
         def body(y):
-            return jax.nn.relu(cases.straight_through(y))  # custom_jvp, custom_vjp
+            return jax.nn.relu(functions.straight_through(y))  # custom_jvp, custom_vjp
 
         return jax.jit(body)(x * p)
 

@@ -1,0 +1,146 @@
+"""One request's inputs: checked, converted, padded to a length, or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stfuse import _tree
+from stfuse._errors import RequestError
+from stfuse._job import Job
+from stfuse._lengths import Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One request's inputs as a step takes them.
+
+    Attributes:
+        leaves: ``[B, ...]`` per input leaf, padded to its length.
+        rows: B.
+        length: which of the job's programs they are for.
+        out_sizes: per output leaf the shape it is cut back to; None for all of it.
+    """
+
+    leaves: list[Any]
+    rows: int
+    length: int = 0
+    out_sizes: Shapes | None = None
+
+
+def check_inputs(job: Job, inputs: Any, *, call: str, copy: bool = False) -> Checked:
+    """Return one request's inputs as a step takes them.
+
+    Args:
+        job: whose request it is.
+        inputs: pytree like ``job.example``. Arrays must have the declared dtype;
+            Python numbers and lists are converted to it.
+        call: the public call to name in errors.
+        copy: whether the caller may change its arrays afterwards.
+
+    Returns:
+        NumPy arrays, or tracers as they came; an unbatched job's inputs are one row.
+
+    Raises:
+        RequestError: names the leaf, what was found and what was expected.
+    """
+    structure = jax.tree.structure(job.row)
+    try:
+        found = structure.flatten_up_to(inputs)
+    except (ValueError, TypeError) as error:
+        difference = _tree.first_difference(job.row, inputs) or str(error)
+        raise _refused(call, job, f"inputs do not fit: {difference}") from None
+    declared = _tree.leaves_with_paths(job.programs[-1].example)
+    wheres = [f"inputs leaf '{path}'" if path else "inputs" for path, _ in declared]
+    leaves = [
+        _to_array(call, job, where, example, row, x, copy)
+        for where, (_, example), row, x in zip(
+            wheres, declared, jax.tree.leaves(job.row), found, strict=True
+        )
+    ]
+    if not job.batched:
+        leaves = [leaf[None] for leaf in leaves]
+    length, out_sizes = 0, None
+    if job.lengths is not None:
+        shapes = tuple(leaf.shape[1:] for leaf in leaves)
+        fitting = job.lengths.fit(shapes)
+        if fitting is None:
+            texts = ", ".join(_tree.describe(leaf) for leaf in leaves)
+            raise _refused(
+                call, job, f"inputs {texts} fit none of its lengths: {job.lengths}"
+            )
+        length = fitting
+        leaves = [job.lengths.pad(x, i, length) for i, x in enumerate(leaves)]
+        at_length = jax.tree.leaves(job.by_length[length].outputs)
+        out_sizes = job.lengths.out_sizes(shapes, tuple(s.shape for s in at_length))
+    rows = _check_shapes(call, job, job.programs[length], wheres, leaves)
+    return Checked(leaves, rows, length, out_sizes)
+
+
+def _check_shapes(
+    call: str, job: Job, program: Job, wheres: list[str], leaves: list[Any]
+) -> int:
+    """Return the number of rows, the same in every leaf."""
+    rows: int | None = None
+    for where, row, leaf in zip(
+        wheres, jax.tree.leaves(program.row), leaves, strict=True
+    ):
+        if leaf.ndim != len(row.shape) + 1 or leaf.shape[1:] != row.shape:
+            lead = ("B",) if job.batched else ()
+            want = ",".join(map(str, (*lead, *row.shape)))
+            shown = _tree.describe(leaf if job.batched else leaf[0])
+            raise _refused(call, job, f"{where} is {shown}; expected [{want}]")
+        if leaf.shape[0] == 0:
+            raise _refused(call, job, f"{where} has no rows; expected at least one")
+        if rows is not None and leaf.shape[0] != rows:
+            raise _refused(
+                call,
+                job,
+                f"{where} has {leaf.shape[0]} rows; the first leaf has {rows}",
+            )
+        rows = leaf.shape[0]
+    return 1 if rows is None else rows
+
+
+def _refused(call: str, job: Job, what: str) -> RequestError:
+    return RequestError(f"`{call}`: job '{job.name}': {what}.", jobs=(job.name,))
+
+
+_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating)
+
+
+def _kind(dtype: Any) -> int:
+    """Return the rank of a dtype's kind; a lower one converts without loss of kind."""
+    return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), 9)
+
+
+def _to_array(
+    call: str, job: Job, where: str, example: Any, row: Any, x: Any, copy: bool
+) -> Any:
+    """Return one leaf with the dtype that the trace expects, or refuse it."""
+    declared = np.dtype(example.dtype) if hasattr(example, "dtype") else row.dtype
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        if x.dtype not in (declared, row.dtype):
+            # A foreign byte order prints like the native one: show its code.
+            is_numpy = isinstance(x.dtype, np.dtype) and x.dtype.kind != "V"
+            found = x.dtype.str if is_numpy else x.dtype
+            raise _refused(
+                call, job, f"{where} has dtype {found}; expected {declared} (native)"
+            )
+        if _tree.is_tracer(x):
+            return x
+        return np.array(x, row.dtype, order="C", copy=copy or None)
+    try:
+        raw = np.asarray(x)
+        if raw.dtype.kind in "OSUMmV" or _kind(raw.dtype) > _kind(row.dtype):
+            raise TypeError(f"{raw.dtype} does not convert to {row.dtype}")
+        return np.array(x, row.dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        found = type(x).__name__
+        raise _refused(
+            call, job, f"{where} is a {found}; expected {declared} array ({error})"
+        ) from None

@@ -1,0 +1,279 @@
+"""What the engine does when a deadline, a device, or a caller lets it down."""
+
+import asyncio
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import stfuse
+from stfuse.testing import FakeDevice, ManualClock, affine_job
+from tests.serving import ROW, busy_with, serve, wait_for
+
+
+def test_closing_answers_what_is_queued():
+    device = FakeDevice()
+    engine = serve(affine_job("a"), device=device)
+    futures = [busy_with(engine, device, "a")]
+    futures += [engine.submit("a", ROW) for _ in range(20)]
+    device.release()
+    engine.close()
+    for future in futures:
+        np.testing.assert_array_equal(future.result(0), ROW * 3)
+    engine.close()
+
+
+def test_closing_without_draining_fails_what_is_queued():
+    device = FakeDevice()
+    engine = serve(affine_job("a"), device=device)
+    running = busy_with(engine, device, "a")
+    waiting = [engine.submit("a", ROW) for _ in range(9)]
+    closer = threading.Thread(target=engine.close, kwargs={"drain": False})
+    closer.start()
+    wait_for(lambda: all(f.done() for f in waiting))
+    device.release()
+    closer.join(60)
+    assert not closer.is_alive()
+    np.testing.assert_array_equal(running.result(0), ROW * 3)
+    assert all(isinstance(f.exception(0), stfuse.ClosedError) for f in waiting)
+
+
+def test_a_closed_engine_says_so_and_leaves_no_thread():
+    before = threading.active_count()
+    engine = serve(affine_job("a"))
+    engine.close()
+    assert threading.active_count() == before
+    for call in (
+        lambda: engine.submit("a", ROW),
+        lambda: engine.infer("a", ROW),
+        lambda: engine.add(affine_job("b")),
+        lambda: engine.swap("a", affine_job("a").params),
+        lambda: engine.remove("a"),
+    ):
+        with pytest.raises(stfuse.ClosedError, match="closed"):
+            call()
+
+
+def test_closing_while_a_lane_is_built_ends_every_future():
+    engine = stfuse.Engine()
+    ready = engine.add(affine_job("a"))
+    future = engine.submit("a", ROW)
+    engine.close()
+    np.testing.assert_array_equal(future.result(0), ROW * 3)
+    assert ready.done()
+
+
+def test_an_expired_request_never_starts():
+    clock = ManualClock()
+    device = FakeDevice(step_s=0.0)
+    with serve(affine_job("a"), device=device, clock=clock) as engine:
+        first = busy_with(engine, device, "a")
+        launches = device.num_launches
+        late = engine.submit("a", ROW, deadline_s=1.0)
+        clock.advance(2.0)
+        device.release()
+        with pytest.raises(stfuse.DeadlineError):
+            late.result(60)
+        first.result(60)
+        assert device.num_launches == launches
+        assert engine.stats().tenants["a"].expired == 1
+
+
+def test_a_jobs_slo_is_its_requests_default_deadline():
+    clock = ManualClock()
+    device = FakeDevice()
+    job = affine_job("a", slo_s=1.0)
+    with serve(job, device=device, clock=clock) as engine:
+        first = busy_with(engine, device, "a")
+        late = engine.submit("a", ROW)
+        patient = engine.submit("a", ROW, deadline_s=100.0)
+        clock.advance(2.0)
+        device.release()
+        with pytest.raises(stfuse.DeadlineError):
+            late.result(60)
+        np.testing.assert_array_equal(patient.result(60), ROW * 3)
+        first.result(60)
+        assert engine.stats().tenants["a"].late == 1
+
+
+@pytest.mark.parametrize("by_s", [3600.0, -3600.0])
+def test_a_clock_that_jumps_breaks_nothing(by_s):
+    clock = ManualClock(1e6)
+    device = FakeDevice(clock)
+    with serve(affine_job("a"), device=device, clock=clock) as engine:
+        running = busy_with(engine, device, "a")
+        clock.advance(by_s)
+        device.release()
+        np.testing.assert_array_equal(running.result(60), ROW * 3)
+        np.testing.assert_array_equal(engine.infer("a", ROW), ROW * 3)
+        assert engine.stats().tenants["a"].p50_s >= 0
+
+
+def test_a_cancelled_request_frees_its_place():
+    device = FakeDevice()
+    with serve(affine_job("a"), device=device, max_queue_size=2) as engine:
+        running = busy_with(engine, device, "a")
+        queued = [engine.submit("a", ROW) for _ in range(2)]
+        with pytest.raises(stfuse.QueueFullError):
+            engine.submit("a", ROW)
+        assert queued[0].cancel()
+        assert not running.cancel()  # it is on the device already
+        again = engine.submit("a", ROW)
+        device.release()
+        for future in (running, queued[1], again):
+            np.testing.assert_array_equal(future.result(60), ROW * 3)
+        stats = engine.stats()
+        assert stats.tenants["a"].cancelled == 1
+        assert stats.tenants["a"].rejected == 1
+        assert stats.queued == 0
+
+
+def test_infer_gives_up_in_time():
+    device = FakeDevice()
+    with serve(affine_job("a"), device=device) as engine:
+        running = busy_with(engine, device, "a")
+        with pytest.raises(stfuse.DeadlineError, match=r"job 'a'"):
+            engine.infer("a", ROW, timeout_s=0.01)
+        wait_for(lambda: engine.stats().queued == 0)
+        device.release()
+        running.result(60)
+
+
+def test_asyncio_callers_are_served_and_may_give_up():
+    device = FakeDevice()
+
+    async def main(engine):
+        answers = await asyncio.gather(
+            *(engine.infer_async("a", ROW * i) for i in range(20))
+        )
+        for i, answer in enumerate(answers):
+            np.testing.assert_array_equal(answer, ROW * (2 * i + 1))
+        device.hold()
+        stuck = [asyncio.ensure_future(engine.infer_async("a", ROW)) for _ in range(9)]
+        await asyncio.sleep(0.05)
+        for task in stuck:
+            task.cancel()
+        with pytest.raises(stfuse.DeadlineError):
+            await engine.infer_async("a", ROW, timeout_s=0.01)
+        results = await asyncio.gather(*stuck, return_exceptions=True)
+        assert all(isinstance(r, asyncio.CancelledError) for r in results)
+        device.release()
+        return await engine.infer_async("a", ROW, timeout_s=60)
+
+    with serve(affine_job("a"), device=device) as engine:
+        np.testing.assert_array_equal(asyncio.run(main(engine)), ROW * 3)
+        wait_for(lambda: engine.stats().queued == 0)
+
+
+def test_one_request_that_breaks_the_step_fails_alone():
+    device = FakeDevice()
+    jobs = [affine_job(f"j{i}") for i in range(4)]
+
+    def breaks(inputs):
+        found = any((leaf == 666).any() for leaf in jax.tree.leaves(inputs))
+        return ValueError("boom") if found else None
+
+    with serve(*jobs, device=device) as engine:
+        device.launch_error = breaks
+        running = busy_with(engine, device, "j0")
+        futures = {
+            (i, k): engine.submit(f"j{i}", ROW * (666 if (i, k) == (2, 1) else 1))
+            for i in range(4)
+            for k in range(3)
+        }
+        device.release()
+        running.result(60)
+        for place, future in futures.items():
+            if place == (2, 1):
+                with pytest.raises(stfuse.DeviceError, match=r"job 'j2'.*boom"):
+                    future.result(60)
+            else:
+                np.testing.assert_array_equal(future.result(60), ROW * 3)
+        assert engine.stats().tenants["j2"].failed == 1
+
+
+def test_a_lost_device_ends_every_request_and_the_engine_still_closes():
+    device = FakeDevice()
+    engine = serve(affine_job("a"), affine_job("b"), device=device)
+    device.launch_error = lambda inputs: RuntimeError("device lost")
+    futures = [engine.submit(name, ROW) for name in "abab"]
+    for future in futures:
+        with pytest.raises(stfuse.DeviceError, match="device lost"):
+            future.result(60)
+    engine.close()
+
+
+def test_a_job_that_does_not_compile_is_refused_and_the_others_go_on():
+    device = FakeDevice()
+    with serve(affine_job("a"), device=device) as engine:
+        device.compile_error = MemoryError("too big")
+        ready = engine.add(affine_job("b", width=5))
+        doomed = engine.submit("b", np.ones((1, 5), np.float32))
+        with pytest.raises(stfuse.DeviceError, match=r"job 'b'.*too big"):
+            ready.result(60)
+        with pytest.raises(stfuse.DeviceError):
+            doomed.result(60)
+        np.testing.assert_array_equal(engine.infer("a", ROW), ROW * 3)
+        device.compile_error = None
+        wait_for(lambda: "b" not in engine.stats().tenants)
+        engine.add(affine_job("b", width=5)).result(60)
+
+
+def test_of_several_new_jobs_only_the_one_that_breaks_is_refused():
+    def bad(params, x):
+        return jax.pure_callback(
+            lambda y: _raise(), jax.typeof(x), x, vmap_method="sequential"
+        )
+
+    device = FakeDevice()
+    with serve(affine_job("old"), device=device) as engine:
+        readies = [
+            engine.add(affine_job("good")),
+            engine.add(stfuse.Job("bad", bad, (), ROW)),
+            engine.add(affine_job("fine", width=2)),
+        ]
+        readies[0].result(60)
+        readies[2].result(60)
+        with pytest.raises(stfuse.DeviceError, match="'bad'"):
+            readies[1].result(60)
+        for name in ("old", "good"):
+            np.testing.assert_array_equal(engine.infer(name, ROW), ROW * 3)
+
+
+def _raise():
+    raise ValueError("this model cannot run")
+
+
+def test_calls_that_would_wait_for_themselves_are_refused():
+    caught = []
+
+    def callback(future):
+        for call in (lambda: engine.infer("a", ROW), engine.close):
+            try:
+                call()
+            except RuntimeError as error:
+                caught.append(str(error))
+
+    device = FakeDevice()
+    with serve(affine_job("a"), device=device) as engine:
+        future = busy_with(engine, device, "a")
+        future.add_done_callback(callback)
+        device.release()
+        wait_for(lambda: len(caught) == 2)
+    assert all("callback" in text for text in caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"policy": "space"}, "policy is 'space'"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"max_slots": 1.5}, "max_slots is 1.5"),
+        ({"max_queue_size": -1}, "max_queue_size is -1"),
+        ({"max_queue_delay_s": -1.0}, "max_queue_delay_s is -1.0"),
+    ],
+)
+def test_a_wrong_option_is_named(options, text):
+    with pytest.raises(ValueError, match=text):
+        stfuse.Engine(**options)

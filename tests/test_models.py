@@ -1,0 +1,60 @@
+"""The promise, the walls and the plan for every reference model and its sibling."""
+
+import jax
+import numpy as np
+import pytest
+
+import stfuse
+from tests import cases
+from tests.cases import alone, assert_bitwise, assert_same
+from tests.model_cases import SIBLINGS
+
+over_siblings = pytest.mark.parametrize("pair", SIBLINGS, ids=lambda p: p[0].name)
+
+
+@pytest.fixture(scope="module", params=SIBLINGS, ids=lambda p: p[0].name)
+def family(request):
+    """Two jobs of a model and two of its sibling, fused once for all tests."""
+    kinds = [kind for kind in request.param for _ in range(2)]
+    jobs = [cases.job(kind, i % 2) for i, kind in enumerate(kinds)]
+    fused = stfuse.fuse(jobs, cost="cpu")
+    inputs = {job.name: kinds[i].inputs(i, 1 + i % 2) for i, job in enumerate(jobs)}
+    return fused, fused.pack(), inputs, dict(zip(inputs, kinds, strict=True))
+
+
+def test_a_model_beside_itself_and_its_sibling_answers_as_alone(family):
+    fused, bank, inputs, kinds = family
+    outputs = fused(bank, inputs)
+    for name, x in inputs.items():
+        assert_same(outputs[name], alone(fused.jobs[name], x), kinds[name])
+
+
+@over_siblings
+def test_a_model_in_a_step_of_its_own_answers_as_alone(pair):
+    case = pair[0]
+    fused = cases.group(case, 1)
+    ((name, x),) = cases.requests(case, fused, (2,)).items()
+    assert_same(fused(fused.pack(), {name: x})[name], alone(fused.jobs[name], x), case)
+
+
+def test_equal_models_share_every_launch_and_siblings_none(family):
+    fused, _, _, kinds = family
+    names = list(fused.jobs)
+    groups = {launch.jobs for launch in fused.plan.launches}
+    assert groups == {tuple(names[:2]), tuple(names[2:])}
+    assert fused.plan.num_solo == 0
+    assert fused.plan.waste == 0
+    assert fused.plan.num_launches * 2 == fused.plan.num_launches_alone
+
+
+def test_poison_in_one_model_changes_no_bit_of_the_others(family):
+    fused, bank, inputs, _ = family
+    first, *others = inputs
+    before = fused(bank, inputs)
+    sick = jax.tree.map(
+        lambda x: np.full_like(x, np.nan) if x.dtype.kind == "f" else x,
+        (fused.jobs[first].params, inputs[first]),
+    )
+    after = fused(fused.swap(bank, first, sick[0]), {**inputs, first: sick[1]})
+    for name in others:
+        assert_bitwise(after[name], before[name])
