@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +81,37 @@ def apply(config: Config, params: Any, inputs: jax.Array) -> jax.Array:
         Logits, float32 [B, C].
     """
     return _MLP(config).apply({"params": params}, inputs)
+
+
+class NnxMLP(nnx.Module):
+    """The same network as an NNX module: parameters live in the object.
+
+    Args:
+        config: the network's sizes.
+        rngs: where fresh parameters are drawn from.
+
+    Attributes:
+        layers: one ``nnx.Linear`` per layer, first to last.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
+        """Draw fresh parameters."""
+        sizes = (math.prod(config.input_shape), *config.widths, config.num_classes)
+        self.layers = nnx.List(
+            nnx.Linear(a, b, rngs=rngs) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Compute class scores.
+
+        Args:
+            inputs: float32 [B, *input_shape].
+
+        Returns:
+            Logits, float32 [B, C].
+        """
+        x = inputs.reshape(inputs.shape[0], -1)
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = nnx.relu(layer(x))
+        return last(x)

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import stfuse
+from models import mlp
 from tests import cases
 from tests.cases import alone, assert_bitwise, assert_same
 from tests.model_cases import SIBLINGS
@@ -58,3 +60,21 @@ def test_poison_in_one_model_changes_no_bit_of_the_others(family):
     after = fused(fused.swap(bank, first, sick[0]), {**inputs, first: sick[1]})
     for name in others:
         assert_bitwise(after[name], before[name])
+
+
+def test_an_nnx_model_is_served_as_it_is_and_equals_its_linen_form():
+    config = mlp.TINY
+    models = [mlp.NnxMLP(config, rngs=nnx.Rngs(seed)) for seed in range(3)]
+    x = np.random.default_rng(0).normal(size=(2, *config.input_shape)).astype("f4")
+    jobs = [stfuse.Job.from_nnx(f"m{i}", m, x) for i, m in enumerate(models)]
+    fused = stfuse.fuse(jobs, cost="cpu")
+    assert fused.plan.num_launches == len(config.widths) + 1
+    outputs = fused(fused.pack(), {job.name: x for job in jobs})
+    for job, model in zip(jobs, models, strict=True):
+        np.testing.assert_allclose(outputs[job.name], model(x), rtol=1e-5, atol=1e-5)
+        params = {
+            f"Dense_{i}": {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+            for i, layer in enumerate(model.layers)
+        }
+        linen = mlp.apply(config, params, x)
+        np.testing.assert_allclose(outputs[job.name], linen, rtol=1e-5, atol=1e-5)
