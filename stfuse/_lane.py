@@ -81,6 +81,15 @@ def build(name: str, members: Sequence[Member], device: Device) -> Lane:
     ]
     names = [[programs[i][0].job.name for i in one.members] for one in species]
     stack_of = _bank.alias(names, columns)
+    here: dict[int, Any] = {}  # by identity, which `pack` asks for
+
+    def placed(leaf: Any) -> Any:
+        """Bring an array that may live on another device to this one."""
+        if isinstance(leaf, jax.Array) and id(leaf) not in here:
+            here[id(leaf)] = device.put(leaf)
+        return here.get(id(leaf), leaf)
+
+    columns = [[tuple(map(placed, own)) for own in column] for column in columns]
     stacks = tuple(
         _bank.pack(columns[s], species[s].trace.param_specs, capacities[s])
         for s in dict.fromkeys(map(stack_of.index, stack_of))
