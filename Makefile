@@ -22,7 +22,7 @@ text: $(VENV)/.stamp-minilm ## serve 32 tenants' heads on one MiniLM with its re
 vision: $(VENV)/.stamp-demo ## run eight ResNets of two depths in one fused step
 	$(RUN) examples.vision_tenants
 
-test: $(VENV)/.stamp-test ## run the whole suite
+test: $(VENV)/.stamp-test $(VENV)/.stamp-minilm ## run the whole suite
 	$(RUN) pytest -q
 
 oracle: $(VENV)/.stamp-oracle $(VENV)/.stamp-minilm ## compare models/ with torch and transformers
