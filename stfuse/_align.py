@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stfuse._trace import Trace
+from stfuse._program import Trace
 from stfuse._types import Cost
 
 

@@ -17,9 +17,10 @@ from stfuse._cache import next_power_of_two
 from stfuse._errors import JobError, RequestError
 from stfuse._inputs import Checked, check_inputs
 from stfuse._job import Job
+from stfuse._program import Trace
 from stfuse._stacked import Place, Stacked, StackedOutputs, cut, fill, to_host
 from stfuse._step import make_step
-from stfuse._trace import Trace, trace, trace_vjp
+from stfuse._trace import trace, trace_vjp
 from stfuse._types import Cost
 
 

@@ -13,8 +13,8 @@ from stfuse import _bank, _cache
 from stfuse._align import group
 from stfuse._bank import Bank
 from stfuse._job import Job
+from stfuse._program import Trace
 from stfuse._step import make_step
-from stfuse._trace import Trace
 from stfuse._types import Bucket, Chunk, Cost, Device
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stfuse._trace import Op
+from stfuse._program import Op
 from stfuse._types import Cost
 
 LOWERINGS = ("auto", "native")

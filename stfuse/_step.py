@@ -21,7 +21,7 @@ import numpy as np
 
 from stfuse import _lower
 from stfuse._errors import StfuseError
-from stfuse._trace import Literal, Trace, is_inexact
+from stfuse._program import Literal, Trace, is_inexact
 from stfuse._types import Cost
 
 # Rows to the derivative's programs, one per variant among the species' jobs.

@@ -10,104 +10,32 @@ Rules:
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
 from stfuse import _tree
 from stfuse._fingerprint import Key, canonical, literal_form, params_form
 from stfuse._job import Job
+from stfuse._program import (
+    Literal,
+    Op,
+    Trace,
+    bind_with,
+    is_inexact,
+    op_bytes,
+    op_flops,
+)
 
 _INLINED = frozenset(
     "jit pjit custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 "
     "checkpoint closed_call core_call".split()
 )
-# Launches of their own on a device; XLA fuses the light ops around them.
-_HEAVY = frozenset(
-    "dot_general conv_general_dilated scan while cond ragged_dot_general sort top_k "
-    "fft cholesky lu qr eigh svd triangular_solve custom_linear_solve".split()
-)
 _TRACES: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """A value written into the program, with the type it was written in."""
-
-    value: Any
-    spec: jax.ShapeDtypeStruct
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """One primitive of a trace.
-
-    Attributes:
-        name: the primitive's name.
-        inputs: value numbers or `Literal`, in operand order.
-        outputs: value numbers.
-        in_specs: shapes and dtypes of the operands, for one job.
-        specs: shapes and dtypes of the outputs, for one job.
-        params: the primitive's own parameters.
-        flops: arithmetic for one job.
-        num_bytes: bytes read plus written for one job.
-        bind_fn: evaluates the op on operands of one job.
-    """
-
-    name: str
-    inputs: tuple[int | Literal, ...]
-    outputs: tuple[int, ...]
-    in_specs: tuple[jax.ShapeDtypeStruct, ...]
-    specs: tuple[jax.ShapeDtypeStruct, ...]
-    params: dict[str, Any]
-    flops: float
-    num_bytes: float
-    bind_fn: Callable[..., tuple[Any, ...]] = field(repr=False)
-
-    @property
-    def is_heavy(self) -> bool:
-        """Whether the op is a launch of its own."""
-        return self.name in _HEAVY
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trace:
-    """A program of one job as plain records.
-
-    Attributes:
-        num_params: values ``0 .. num_params-1`` are parameters (closed-over last).
-        specs: shape and dtype of every parameter, then of every input.
-        consts: the closed-over arrays, the last of the parameters.
-        ops: live ops in trace order.
-        outputs: value numbers or literals, in leaf order.
-        out_specs: their shapes and dtypes.
-        key: hashable canonical form; equal keys mean equal programs.
-    """
-
-    num_params: int
-    specs: tuple[jax.ShapeDtypeStruct, ...]
-    consts: tuple[Any, ...] = field(repr=False)
-    ops: tuple[Op, ...]
-    outputs: tuple[int | Literal, ...]
-    out_specs: tuple[jax.ShapeDtypeStruct, ...]
-    key: Key = field(repr=False)
-
-    @property
-    def param_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Specs of the parameters, closed-over arrays last."""
-        return self.specs[: self.num_params]
-
-    @property
-    def input_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Specs of one row of inputs."""
-        return self.specs[self.num_params :]
 
 
 def trace(job: Job) -> Trace:
@@ -123,6 +51,17 @@ def trace(job: Job) -> Trace:
     if job.jaxpr not in _TRACES:
         _TRACES[job.jaxpr] = _flatten(job.jaxpr, len(jax.tree.leaves(job.params)))
     return _TRACES[job.jaxpr]
+
+
+def trace_body(op: Op) -> Trace:
+    """Return a scan's body; its inputs are the constants, the carries, one step's xs.
+
+    Arrays that the body closed over are its parameters, held in ``consts``.
+    """
+    body = op.params["jaxpr"]
+    if body not in _TRACES:
+        _TRACES[body] = _flatten(body, 0)
+    return _TRACES[body]
 
 
 def trace_vjp(job: Job, num_rows: int) -> Trace:
@@ -165,11 +104,6 @@ def trace_vjp(job: Job, num_rows: int) -> Trace:
     return _flatten(jaxpr, num_own, forward.consts)
 
 
-def is_inexact(x: Any) -> bool:
-    """Return whether a value has a derivative: floating or complex."""
-    return jnp.issubdtype(x.dtype, np.inexact)
-
-
 def merge_inexact(values: Sequence[Any], moving: Sequence[Any]) -> tuple[Any, ...]:
     """Return ``values`` with its inexact members replaced by ``moving``, in order."""
     left = iter(moving)
@@ -186,19 +120,9 @@ def _evaluate(jaxpr: Any, params: Sequence[Any], row: Sequence[Any]) -> list[Any
         return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
     for eqn in open_jaxpr.eqns:
-        outs = _binder(eqn.primitive, eqn.params)(*map(read, eqn.invars))
+        outs = bind_with(eqn.primitive, eqn.params)(*map(read, eqn.invars))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in open_jaxpr.outvars]
-
-
-def _binder(primitive: Any, params: dict[str, Any]) -> Callable[..., tuple[Any, ...]]:
-    bind_params = primitive.get_bind_params(params)
-
-    def bind_fn(*operands: Any) -> tuple[Any, ...]:
-        outs = primitive.bind(*operands, **bind_params)
-        return tuple(outs) if primitive.multiple_results else (outs,)
-
-    return bind_fn
 
 
 class _Value:
@@ -279,10 +203,7 @@ def _flatten(jaxpr: Any, num_own: int, consts: Sequence[Any] | None = None) -> T
     form = (
         num_params,
         canonical(specs),
-        tuple(
-            (op.name, _atoms(op.inputs), canonical(op.specs), params_form(op.params))
-            for op in records
-        ),
+        tuple((op.key, _atoms(op.inputs)) for op in records),
         _atoms(outputs),
     )
     return Trace(
@@ -306,16 +227,20 @@ def _op(eqn: Any, ins: list[Any], outs: list[_Value], numbers: dict[Any, int]) -
     """Return one equation as a record, numbering its outputs."""
     for value in outs:
         numbers[value] = len(numbers)
+    name, params = eqn.primitive.name, dict(eqn.params)
+    in_specs, specs = tuple(v.spec for v in ins), tuple(v.spec for v in outs)
     return Op(
-        name=eqn.primitive.name,
+        name=name,
         inputs=tuple(v if isinstance(v, Literal) else numbers[v] for v in ins),
         outputs=tuple(numbers[v] for v in outs),
-        in_specs=tuple(v.spec for v in ins),
-        specs=tuple(v.spec for v in outs),
-        params=dict(eqn.params),
-        flops=_flops(eqn),
-        num_bytes=float(sum(_num_bytes(v.spec) for v in (*ins, *outs))),
-        bind_fn=_binder(eqn.primitive, eqn.params),
+        in_specs=in_specs,
+        specs=specs,
+        params=params,
+        flops=op_flops(name, params, in_specs, specs),
+        num_bytes=op_bytes((*in_specs, *specs)),
+        bind_fn=bind_with(eqn.primitive, params),
+        key=Key((name, canonical(in_specs), canonical(specs), params_form(params))),
+        primitive=eqn.primitive,
     )
 
 
@@ -332,34 +257,3 @@ def _live(ops: list[Any], outs: Sequence[Any]) -> list[Any]:
 
 def _spec(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _num_bytes(spec: jax.ShapeDtypeStruct) -> int:
-    return math.prod(spec.shape) * getattr(spec.dtype, "itemsize", 4)
-
-
-def _flops(eqn: Any) -> float:
-    """Return the arithmetic of one equation, loops counted once if unbounded."""
-    out: int = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
-    shapes: list[Any] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
-    name, params = eqn.primitive.name, dict[str, Any](eqn.params)
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * out * math.prod(shapes[0][i] for i in contracted)
-    if name == "conv_general_dilated":
-        out_features = shapes[1][params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * out * math.prod(shapes[1]) / max(out_features, 1)
-    inner = sum(
-        _flops(e) for body in _bodies(params) for e in getattr(body, "jaxpr", body).eqns
-    )
-    return inner * params.get("length", 1) if inner else float(out)
-
-
-def _bodies(params: dict[str, Any]) -> list[Any]:
-    """Return every jaxpr among a primitive's parameters."""
-    found = []
-    for value in params.values():
-        for x in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(x, "eqns") or hasattr(x, "jaxpr"):
-                found.append(x)
-    return found

@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # In import order: a file imports only files above it.
 ORDER = (
-    "_errors _types _tree _lengths _job _inputs _fingerprint _trace _cost _align "
+    "_errors _types _tree _lengths _job _inputs _fingerprint _program _trace _cost "
+    "_rules _align "
     "_lower _step _bank _stacked _cache _fuse _metrics _scheduler _device _lane "
     "_flight _server _builder _engine __init__ testing"
 ).split()

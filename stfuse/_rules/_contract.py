@@ -1,0 +1,5 @@
+"""Products."""
+
+from stfuse._rules._base import Rule
+
+RULES: dict[str, Rule] = {}

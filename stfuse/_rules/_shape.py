@@ -1,0 +1,5 @@
+"""Shapes."""
+
+from stfuse._rules._base import Rule
+
+RULES: dict[str, Rule] = {}
