@@ -11,7 +11,6 @@
 `fuse` is `map` with fewer kernels: whatever the other jobs are, send, or do.
 """
 
-from stfuse._align import Launch, Plan
 from stfuse._bank import Bank
 from stfuse._engine import Engine
 from stfuse._errors import (
@@ -26,6 +25,7 @@ from stfuse._errors import (
 from stfuse._fuse import Fused, fuse
 from stfuse._job import Job
 from stfuse._metrics import BucketStats, Snapshot, TenantStats
+from stfuse._plan import Launch, Plan
 from stfuse._types import Cost
 
 __all__ = [

@@ -1,18 +1,19 @@
-"""Parameter bank: slots, shared leaves, pack, swap, grow.
+"""Parameter bank: slots, shared leaves, pack, swap.
 
-A species' parameters are one array per leaf: ``[capacity, ...]``, a slot per job; or
-``[...]``, kept once, when every job has the same. A shared leaf is used unbatched, so
-its layers become one large launch over everybody's rows. Which leaves are shared is
-part of a step's signature: an array's rank says it.
+One array for each leaf, or for the leaves of several species that one launch reads:
+``[rows, *padded]``, a row per slot, padded with zeros; or ``[...]``, kept once, when
+every job has the same. A shared leaf is used unbatched, so its layers become one large
+launch over everybody's rows. Which leaves are shared is part of a step's signature: an
+array's rank says it.
 
 Laws (tested): reading a slot after `write` gives what was written, bitwise; `write`
-changes no other slot; `grow` and `unshare` change no slot.
+changes no other slot; `unshare` changes no slot; padding is zero.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,53 +21,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from stfuse import _tree
-from stfuse._step import is_leaf_stacked
+from stfuse._layout import Buffer, Layout
 
-Leaves = tuple[Any, ...]
-Specs = Sequence[jax.ShapeDtypeStruct]
+Leaves = Sequence[Any]
 
 
 class Bank(NamedTuple):
     """Parameters of a fused step, a pytree of device arrays.
 
     Attributes:
-        stacks: per species, per leaf in trace order, ``[capacity, ...]`` or, if all
-            jobs share it, ``[...]``.
+        stacks: per array of the layout, ``[rows, *padded]`` or, if all jobs share it,
+            ``[...]``.
     """
 
-    stacks: tuple[Leaves, ...]
+    stacks: tuple[Any, ...]
 
 
-def pack(members: Sequence[Sequence[Any]], specs: Specs, capacity: int) -> Leaves:
-    """Stack the parameters of a species.
+def pack(layout: Layout, columns: Sequence[Sequence[Leaves]]) -> Bank:
+    """Stack the parameters of some jobs.
 
     Args:
-        members: per job, its leaves in trace order; jobs take slots 0, 1, ....
-        specs: shape and dtype of each leaf.
-        capacity: number of slots, at least the number of jobs; the rest is zero.
+        layout: where they stand.
+        columns: per bank, per job, its leaves in trace order; jobs take slots 0, 1,
+            ...; slots that are left are zero.
 
     Returns:
-        One array per leaf.
+        The bank.
     """
-    return tuple(
-        _as_leaf(column[0], spec)
-        if is_shared(column, capacity)
-        else _stack(column, spec, capacity)
-        for column, spec in zip(zip(*members, strict=True), specs, strict=True)
-    )
+    stacks = []
+    for i, buffer in enumerate(layout.params):
+        own = [[leaves[leaf] for leaves in columns[b]] for b, leaf in buffer.members]
+        flat = [x for column in own for x in column]
+        if is_shared(flat, layout.rows_of(i)):
+            stacks.append(_as_leaf(flat[0], buffer.dtype))
+        else:
+            stacks.append(_stack(buffer, own, layout.capacities))
+    return Bank(tuple(stacks))
 
 
 def alias(
-    names: Sequence[Sequence[str]], columns: Sequence[Sequence[Sequence[Any]]]
+    names: Sequence[Sequence[str]], columns: Sequence[Sequence[Leaves]]
 ) -> tuple[int, ...]:
-    """Return which stack each species reads: one for the same leaves of the same jobs.
+    """Return which bank each species reads: one for the same leaves of the same jobs.
 
     Args:
         names: per species, its jobs.
         columns: per species, per job, its leaves.
 
     Returns:
-        Stack numbers 0, 1, ... in order of their first species.
+        Bank numbers 0, 1, ... in order of their first species.
     """
     numbers: dict[tuple[Any, ...], int] = {}
     keys = [
@@ -76,7 +79,51 @@ def alias(
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def is_shared(column: Sequence[Any], capacity: int) -> bool:
+def marks(
+    columns: Sequence[Sequence[Leaves]], capacities: Sequence[int]
+) -> list[list[Hashable]]:
+    """Return which leaves all jobs of a species share, marked by what they are.
+
+    Args:
+        columns: per species, per job, its leaves; specs for values are fine.
+        capacities: slots per species.
+
+    Returns:
+        Per species, per leaf: a mark, equal for equal arrays wherever they are; or
+        None where each slot has its own. A species of one slot shares with nobody but
+        those that hold the same object.
+    """
+    holders: dict[int, int] = {}
+    for column in columns:
+        for x in {id(leaves[i]): 0 for leaves in column for i in range(len(leaves))}:
+            holders[x] = holders.get(x, 0) + 1
+    known: dict[str, list[Any]] = {}
+
+    def mark(leaf: Any) -> Hashable:
+        kind = _tree.describe(leaf)
+        alike = known.setdefault(kind, [])
+        for n, other in enumerate(alike):
+            if _is_same(leaf, other):
+                return (kind, n)
+        alike.append(leaf)
+        return (kind, len(alike) - 1)
+
+    found: list[list[Hashable]] = []
+    for column, capacity in zip(columns, capacities, strict=True):
+        own = [list(leaves) for leaves in zip(*column, strict=True)]
+        found.append(
+            [
+                mark(leaves[0])
+                if is_shared(leaves, capacity)
+                and (capacity > 1 or holders[id(leaves[0])] > 1)
+                else None
+                for leaves in own
+            ]
+        )
+    return found
+
+
+def is_shared(column: Sequence[Any], rows: int) -> bool:
     """Return whether one leaf of all jobs is kept once.
 
     Equal objects are; equal bytes are too, unless they repeat one value: a fresh bias
@@ -84,118 +131,157 @@ def is_shared(column: Sequence[Any], capacity: int) -> bool:
     nobody to share with, and the leaf stands without a slot axis.
     """
     first = column[0]
-    if capacity == 1 or len(column) == 1:
-        return capacity == 1
+    if rows == 1 or len(column) == 1:
+        return rows == 1
     if all(leaf is first for leaf in column):
         return True
-    if any(_tree.is_tracer(x) for x in column):
-        return False
-    return all(_tree.same_bytes(first, x) for x in column[1:]) and not (
-        _tree.is_one_value(first)
-    )
+    return all(_is_same(first, x) for x in column[1:]) and not _tree.is_one_value(first)
 
 
-def fits_shared(leaves: Leaves, specs: Specs, new: Sequence[Any]) -> bool:
-    """Return whether every shared leaf equals the one that a job brings."""
-    return all(
-        is_leaf_stacked(leaf, spec)
-        or not (_tree.is_tracer(leaf) or _tree.is_tracer(x))
-        and _tree.same_bytes(leaf, _as(x, spec))
-        for leaf, spec, x in zip(leaves, specs, new, strict=True)
-    )
+def is_stacked(stack: Any, buffer: Buffer) -> bool:
+    """Return whether an array of the bank has rows, or is shared by all slots."""
+    return np.ndim(stack) == len(buffer.shapes[0]) + 1
 
 
-def unshare(leaves: Leaves, specs: Specs, capacity: int, new: Sequence[Any]) -> Leaves:
+def fits_shared(layout: Layout, bank: Bank, b: int, new: Leaves) -> bool:
+    """Return whether every leaf that is kept once equals the one that a job brings.
+
+    Args:
+        layout: where leaves stand.
+        bank: the parameters.
+        b: the job's bank.
+        new: its leaves.
+    """
+    return not _differing(layout, bank, b, new)
+
+
+def unshare(layout: Layout, bank: Bank, b: int, new: Leaves) -> Bank:
     """Give slots to every shared leaf that differs from the one a job brings."""
-    return tuple(
-        leaf
-        if is_leaf_stacked(leaf, spec) or fits_shared((leaf,), (spec,), (x,))
-        else jnp.broadcast_to(leaf, (capacity, *leaf.shape))
-        for leaf, spec, x in zip(leaves, specs, new, strict=True)
-    )
+    stacks = list(bank.stacks)
+    for i in _differing(layout, bank, b, new):
+        stacks[i] = jnp.broadcast_to(stacks[i], (layout.rows_of(i), *stacks[i].shape))
+    return Bank(tuple(stacks))
 
 
 def write(
-    leaves: Leaves, specs: Specs, slot: int, new: Sequence[Any], *, donate: bool = False
-) -> Leaves:
-    """Return a species' leaves with one slot replaced; shared leaves stay.
+    layout: Layout,
+    bank: Bank,
+    b: int,
+    slot: int,
+    new: Leaves,
+    *,
+    donate: bool = False,
+) -> Bank:
+    """Return a bank with one slot replaced; shared leaves stay.
 
     Args:
-        leaves: the stacks; consumed if donated, so that nothing is copied.
-        specs: shape and dtype of each leaf.
-        slot: which slot.
+        layout: where leaves stand.
+        bank: the parameters; its stacks are consumed if donated: nothing is copied.
+        b: which bank number.
+        slot: which of its slots.
         new: the job's leaves.
         donate: whether to reuse the stacks' memory.
 
     Returns:
-        The new leaves. One compile serves every slot.
+        The new bank. One compile serves every slot.
     """
-    places = [
+    stacks = list(bank.stacks)
+    places, rows, values = [], [], []
+    for leaf, (i, start, _) in layout.leaf_rows(b).items():
+        x = _as(new[leaf], layout.params[i].dtype)
+        if is_stacked(stacks[i], layout.params[i]):
+            places.append(i)
+            rows.append(np.int32(start + slot))
+            values.append(x)
+        elif layout.rows_of(i) == 1:
+            stacks[i] = _as_leaf(x, layout.params[i].dtype)
+    if places:
+        put = _write_donating if donate else _write
+        written = put([stacks[i] for i in places], values, rows)
+        for i, stack in zip(places, written, strict=True):
+            stacks[i] = stack
+    return Bank(tuple(stacks))
+
+
+def read(layout: Layout, bank: Bank, b: int, slot: int) -> tuple[Any, ...]:
+    """Return the leaves of one slot, without padding."""
+    found = []
+    for i, start, shape in layout.leaf_rows(b).values():
+        stack = bank.stacks[i]
+        if is_stacked(stack, layout.params[i]):
+            stack = stack[(start + slot, *map(slice, shape))]
+        found.append(stack)
+    return tuple(found)
+
+
+def _differing(layout: Layout, bank: Bank, b: int, new: Leaves) -> list[int]:
+    """Return the shared arrays that differ from what a job brings."""
+    return [
         i
-        for i, (leaf, spec) in enumerate(zip(leaves, specs, strict=True))
-        if is_leaf_stacked(leaf, spec)
+        for leaf, (i, _, _) in layout.leaf_rows(b).items()
+        if layout.rows_of(i) > 1
+        and not is_stacked(bank.stacks[i], layout.params[i])
+        and not _is_same(bank.stacks[i], _as(new[leaf], layout.params[i].dtype))
     ]
-    if not places:
-        return leaves
-    put = _write_donating if donate else _write
-    stacks = put(
-        [leaves[i] for i in places], [_as(new[i], specs[i]) for i in places], slot
-    )
-    out = list(leaves)
-    for i, stack in zip(places, stacks, strict=True):
-        out[i] = stack
-    return tuple(out)
 
 
-def grow(leaves: Leaves, specs: Specs, capacity: int) -> Leaves:
-    """Return the leaves with room for more slots, the new ones zero."""
-
-    def widen(leaf: Any) -> Any:
-        return jnp.concatenate(
-            [leaf, jnp.zeros((capacity - leaf.shape[0], *leaf.shape[1:]), leaf.dtype)]
-        )
-
-    return tuple(
-        widen(leaf) if is_leaf_stacked(leaf, spec) else leaf
-        for leaf, spec in zip(leaves, specs, strict=True)
-    )
+def _is_same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if any(_tree.is_tracer(x) or _tree.is_spec(x) for x in (a, b)):
+        return False
+    return _tree.describe(a) == _tree.describe(b) and _tree.same_bytes(a, b)
 
 
-def read(leaves: Leaves, specs: Specs, slot: int) -> Leaves:
-    """Return the leaves of one slot."""
-    return tuple(
-        leaf[slot] if is_leaf_stacked(leaf, spec) else leaf
-        for leaf, spec in zip(leaves, specs, strict=True)
-    )
-
-
-def _update(stacks: list[Any], new: list[Any], slot: Any) -> list[Any]:
+def _update(stacks: list[Any], new: list[Any], rows: list[Any]) -> list[Any]:
     update = jax.lax.dynamic_update_index_in_dim
-    return [update(s, x, slot, 0) for s, x in zip(stacks, new, strict=True)]
+    return [
+        update(s, _padded(x, s.shape[1:]), row, 0)
+        for s, x, row in zip(stacks, new, rows, strict=True)
+    ]
 
 
 _write = jax.jit(_update)
 _write_donating = functools.partial(jax.jit, donate_argnums=0)(_update)
 
 
-def _as(x: Any, spec: jax.ShapeDtypeStruct) -> Any:
+def _padded(x: Any, shape: tuple[int, ...]) -> Any:
+    if np.shape(x) == tuple(shape):
+        return x
+    more = [(0, w - n) for n, w in zip(np.shape(x), shape, strict=True)]
+    return jnp.pad(x, more)
+
+
+def _as(x: Any, dtype: Any) -> Any:
     """Return a leaf in the dtype that the trace expects, on the host if it was."""
     if _tree.is_typed_key(x) or isinstance(x, jax.Array):
         return x
-    return np.asarray(x, spec.dtype)
+    return np.asarray(x, dtype)
 
 
-def _as_leaf(x: Any, spec: jax.ShapeDtypeStruct) -> Any:
-    x = _as(x, spec)
+def _as_leaf(x: Any, dtype: Any) -> Any:
+    x = _as(x, dtype)
     # On a CPU JAX may keep a NumPy array's own memory, which its owner can change.
     return jnp.array(x) if isinstance(x, np.ndarray) else jnp.asarray(x)
 
 
-def _stack(column: Sequence[Any], spec: jax.ShapeDtypeStruct, capacity: int) -> Any:
-    leaves = [_as(x, spec) for x in column]
-    if all(isinstance(x, np.ndarray) for x in leaves):
-        stack = np.zeros((capacity, *spec.shape), spec.dtype)
-        np.stack(leaves, out=stack[: len(leaves)])
+def _stack(buffer: Buffer, own: Sequence[Sequence[Any]], capacities: Any) -> Any:
+    """Return the stack of a leaf: per member its jobs' leaves, then empty slots."""
+    counts = dict(enumerate(capacities))
+    shape = buffer.shape(counts)
+    columns = [[_as(x, buffer.dtype) for x in column] for column in own]
+    if all(isinstance(x, np.ndarray) for column in columns for x in column):
+        stack = np.zeros((buffer.num_rows(counts), *shape), buffer.dtype)
+        starts = buffer.starts(counts)
+        for (b, _), column in zip(buffer.members, columns, strict=True):
+            for slot, x in enumerate(column):
+                stack[(starts[b] + slot, *map(slice, x.shape))] = x
         return jax.device_put(stack)
-    stack = jnp.stack([jnp.asarray(x) for x in leaves])
-    return grow((stack,), (spec,), capacity)[0] if len(leaves) < capacity else stack
+    pieces = []
+    for (b, _), column in zip(buffer.members, columns, strict=True):
+        piece = jnp.stack([jnp.asarray(x) for x in column])
+        empty = capacities[b] - len(column)
+        pieces.append(_padded(piece, (len(column), *shape)))
+        if empty:
+            pieces.append(jnp.zeros((empty, *shape), piece.dtype))
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)

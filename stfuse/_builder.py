@@ -118,7 +118,9 @@ class Builder:
     def _rebuild(self, name: str, tenants: Sequence[Tenant]) -> Lane:
         """Build a lane beside the running one, and let it serve instead."""
         while True:
-            lane = _lane.build(name, [t.member for t in tenants], self._server.device)
+            members = [t.member for t in tenants]
+            cost = _cost.resolve("auto")
+            lane = _lane.build(name, members, self._server.device, cost=cost)
             self._compile(lane, self._buckets(lane)[0])
             if self._server.command(lambda: self._hand_over(lane, tenants)).result():  # noqa: B023
                 return lane

@@ -57,12 +57,12 @@ class JaxDevice:
         """
         outputs = compiled(bank, slots, inputs)
         if self._device.platform != "cpu":
-            for species in outputs:
-                for leaf in species or ():
-                    leaf.copy_to_host_async()
+            for array in outputs:
+                if array is not None:
+                    array.copy_to_host_async()
         return outputs
 
-    def read(self, outputs: Any) -> Sequence[Sequence[Any] | None]:
+    def read(self, outputs: Any) -> Sequence[Any]:
         """Wait for a step and return its outputs as host arrays."""
         # Plain loops: a tree map costs more than the arrays that it visits.
-        return [species and [to_host(x) for x in species] for species in outputs]
+        return [None if x is None else to_host(x) for x in outputs]

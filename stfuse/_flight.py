@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stfuse._job import Job
-from stfuse._lane import Lane, Member
+from stfuse._lane import Lane, Member, cut_places
 from stfuse._lengths import Shapes
-from stfuse._stacked import cut
+from stfuse._stacked import cut, resized
 from stfuse._types import Batch, StepRecord
 
 
@@ -100,10 +100,12 @@ def answers(
     found = []
     for chunk, (s, k) in zip(flight.batch.chunks, flight.placed, strict=True):
         start = 0
+        places = cut_places(flight.lane, flight.batch.bucket, s)
         for number in chunk.requests:
             request = requests[number]
             rows, job = request.rows, request.tenant.job
-            own = cut(outputs[s], k, start, rows, job, request.out_sizes)
+            at = resized(places, request.out_sizes)
+            own = cut(outputs, at, k, start, rows, job)
             found.append((number, own))
             start += request.rows
     return found

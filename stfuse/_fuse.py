@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from stfuse import _bank, _cost, _lower
-from stfuse._align import Plan, align
+from stfuse import _bank, _cost, _lower, _rules
+from stfuse._align import align
 from stfuse._bank import Bank
 from stfuse._cache import next_power_of_two
 from stfuse._errors import JobError, RequestError
 from stfuse._inputs import Checked, check_inputs
 from stfuse._job import Job
-from stfuse._program import Trace
-from stfuse._stacked import Place, Stacked, StackedOutputs, cut, fill, to_host
+from stfuse._layout import Buffer, lay_out
+from stfuse._plan import Plan, Species, group
+from stfuse._program import Trace, op_bytes
+from stfuse._stacked import Stacked, StackedOutputs, cut, fill, resized, to_host
 from stfuse._step import make_step
 from stfuse._trace import trace, trace_vjp
 from stfuse._types import Cost
@@ -33,14 +36,15 @@ def fuse(
 ) -> Fused:
     """Fuse jobs into one step: ``map`` with fewer kernels.
 
-    Jobs with equal programs are stacked and share every launch; others run in the same
-    compiled step, in stacks of their own. Either way ``fuse(jobs)(bank, inputs)[name]``
-    equals ``jobs[name].apply_fn(params[name], inputs[name])``.
+    Jobs with equal programs share every launch. Jobs that differ share those launches
+    that cost less together, padded to the largest, than apart. Either way
+    ``fuse(jobs)(bank, inputs)[name]`` equals ``jobs[name].apply_fn(params[name],
+    inputs[name])``.
 
     Args:
         jobs: one or more `Job`, with names that differ.
         max_waste: most padded work over true work, minus one, of any launch; None
-            leaves it to the cost model. Stacks of equal jobs waste nothing.
+            leaves it to the cost model. Equal jobs waste nothing.
         lowering: ``"auto"`` picks how each launch is computed for the device of
             ``cost``; ``"native"`` always maps the primitive itself.
         cost: ``"auto"`` (measured on the live device), ``"h200"``, ``"cpu"`` or a
@@ -91,7 +95,7 @@ def fuse(
         raise ValueError(
             f"`stfuse.fuse`: lowering is {lowering!r}; pass one of {_lower.LOWERINGS}."
         )
-    return Fused(jobs, lowering, _cost.resolve(cost))
+    return Fused(jobs, max_waste, lowering, _cost.resolve(cost))
 
 
 class Fused:
@@ -102,7 +106,13 @@ class Fused:
         plan: which launches they share.
     """
 
-    def __init__(self, jobs: tuple[Job, ...], lowering: str, cost: Cost) -> None:
+    def __init__(
+        self,
+        jobs: tuple[Job, ...],
+        max_waste: float | None,
+        lowering: str,
+        cost: Cost,
+    ) -> None:
         """Trace, plan and build the step; nothing is compiled yet."""
         self.jobs: Mapping[str, Job] = {job.name: job for job in jobs}
         # A job of variable length is one program for each of its lengths.
@@ -115,7 +125,19 @@ class Fused:
             f"{name}[{length}]" if self.jobs[name].by_length else name
             for name, length, _ in self._programs
         ]
-        plan = align(labels, [trace(p) for _, _, p in self._programs], cost)
+        traces = [trace(p) for _, _, p in self._programs]
+        species = group(traces)
+        bank_of = self._bank_of(species)
+        plan = align(
+            labels,
+            traces,
+            cost,
+            max_waste=max_waste,
+            shares=_bank.marks(
+                self._columns(species), [len(s.members) for s in species]
+            ),
+            banks=bank_of,
+        )
         self._species = plan.species
         self._where: dict[str, list[tuple[int, int]]] = {name: [] for name in self.jobs}
         where = {
@@ -125,19 +147,13 @@ class Fused:
         }
         for i, (name, _, _) in enumerate(self._programs):
             self._where[name].append(where[i])
-        self._stack_of = self._stacks()
-        self.plan: Plan = self._with_lowerings(plan, lowering)
-        step = make_step(
-            [one.trace for one in plan.species],
-            cost=cost,
-            lowering=lowering,
-            vjps=[self._vjps(s) for s in range(len(plan.species))],
-        )
-
-        def run(stacks: Any, slots: Any, inputs: Any) -> Any:
-            return step(tuple(stacks[i] for i in self._stack_of), slots, inputs)
-
-        self._step = jax.jit(run)
+        first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
+        capacities = [len(species[s].members) for s in first]
+        self._layout = lay_out(plan, bank_of, capacities)
+        self.plan: Plan = self._with_bytes(self._with_lowerings(plan, lowering))
+        vjps = [self._vjps(s) for s in range(len(plan.species))]
+        step = make_step(plan, self._layout, cost=cost, lowering=lowering, vjps=vjps)
+        self._step = jax.jit(step)
 
     def pack(self, params: Mapping[str, Any] | None = None) -> Bank:
         """Stack the jobs' parameters on the device.
@@ -154,17 +170,15 @@ class Fused:
         params = dict(params or {})
         for name in params:
             self._job("stfuse.Fused.pack", name)
-        stacks: dict[int, Any] = {}
-        for one, i in zip(self._species, self._stack_of, strict=True):
-            if i not in stacks:
-                columns = []
+        columns: dict[int, Any] = {}
+        for one, b in zip(self._species, self._layout.bank_of, strict=True):
+            if b not in columns:
+                columns[b] = []
                 for member in one.members:
                     name, length, _ = self._programs[member]
                     own = params.get(name, self.jobs[name].params)
-                    columns.append(self._leaves(name, length, own))
-                specs = one.trace.param_specs
-                stacks[i] = _bank.pack(columns, specs, len(columns))
-        return Bank(tuple(stacks.values()))
+                    columns[b].append(self._leaves(name, length, own))
+        return _bank.pack(self._layout, list(columns.values()))
 
     def swap(self, bank: Bank, name: str, new_params: Any) -> Bank:
         """Return the bank with one job's parameters replaced; the old one stays valid.
@@ -184,20 +198,15 @@ class Fused:
             JobError: an unknown name, or params unlike the job's.
         """
         self._job("stfuse.Fused.swap", name)
-        stacks = list(bank.stacks)
-        # Programs that share a stack hold the job in the same slot of it: write once.
-        last = {self._stack_of[s]: at for at, (s, _) in enumerate(self._where[name])}
-        for i, length in last.items():
-            s, slot = self._where[name][length]
-            specs = self._species[s].trace.param_specs
-            capacity = len(self._species[s].members)
+        # Programs that share a bank hold the job in the same slot of it: write once.
+        banks = self._layout.bank_of
+        last = {banks[s]: at for at, (s, _) in enumerate(self._where[name])}
+        for b, length in last.items():
             new = self._leaves(name, length, new_params)
-            if capacity == 1:
-                stacks[i] = _bank.pack([new], specs, 1)
-            else:
-                leaves = _bank.unshare(stacks[i], specs, capacity, new)
-                stacks[i] = _bank.write(leaves, specs, slot, new)
-        return Bank(tuple(stacks))
+            slot = self._where[name][length][1]
+            bank = _bank.unshare(self._layout, bank, b, new)
+            bank = _bank.write(self._layout, bank, b, slot, new)
+        return bank
 
     def stack(self, inputs: Mapping[str, Any]) -> Stacked:
         """Stage inputs as the step takes them: one buffer per input leaf.
@@ -225,13 +234,19 @@ class Fused:
             checked = check_inputs(job, x, call=call)
             s, slot = self._where[name][checked.length]
             found[s][slot] = (name, checked)
-        slots, buffers, places = [], [], []
-        for s, members in enumerate(found):
-            index, staged, placed = self._stage(s, members)
-            slots.append(index)
-            buffers.append(staged)
-            places.extend(placed)
-        return Stacked(tuple(slots), tuple(buffers), tuple(places))
+        used = [self._slots(s, members) for s, members in enumerate(found)]
+        counts = {s: len(own) for s, own in enumerate(used) if own}
+        slots = tuple(
+            self._index(own, len(one.members))
+            for own, one in zip(used, self._species, strict=True)
+        )
+        places = [
+            (name, resized(self._layout.cut_places(counts, s, k), x.out_sizes), x.rows)
+            for s, members in enumerate(found)
+            for k, (_, (name, x)) in enumerate(sorted(members.items()))
+        ]
+        buffers = tuple(self._fill(b, found, used) for b in self._layout.inputs)
+        return Stacked(slots, buffers, tuple(places))
 
     def step(self, bank: Bank, stacked: Stacked) -> StackedOutputs:
         """Run the fused step; pure, compiled once per shape.
@@ -255,13 +270,10 @@ class Fused:
         Returns:
             ``{name: outputs}``: NumPy arrays, or traced ones inside a transformation.
         """
-        leaves = [
-            None if species is None else [to_host(x) for x in species]
-            for species in stacked.leaves
-        ]
+        outputs = [x if x is None else to_host(x) for x in stacked.leaves]
         return {
-            name: cut(leaves[s] or [], slot, 0, rows, self.jobs[name], sizes)
-            for name, s, slot, rows, sizes in stacked.places
+            name: cut(outputs, places, 0, 0, rows, self.jobs[name])
+            for name, places, rows in stacked.places
         }
 
     def __call__(self, bank: Bank, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,39 +307,56 @@ class Fused:
         job = self.jobs[name]
         return [*job.flatten_params(params), *trace(job.programs[length]).consts]
 
-    def _stacks(self) -> tuple[int, ...]:
-        """Return which stack of the bank each species reads."""
+    def _columns(self, species: Sequence[Species]) -> list[list[list[Any]]]:
+        """Return the jobs' own parameters, values or specs, by species and slot."""
+        return [
+            [
+                [*jax.tree.leaves(program.params), *trace(program).consts]
+                for _, _, program in (self._programs[m] for m in one.members)
+            ]
+            for one in species
+        ]
+
+    def _bank_of(self, species: Sequence[Species]) -> tuple[int, ...]:
+        """Return whose parameters each species reads: its lengths have one bank."""
         names, columns = [], []
-        for one in self._species:
+        for one in species:
             programs = [self._programs[m] for m in one.members]
             names.append([name for name, _, _ in programs])
             columns.append([trace(p).consts for _, _, p in programs])
         return _bank.alias(names, columns)
 
-    def _stage(
-        self, s: int, members: dict[int, tuple[str, Checked]]
-    ) -> tuple[Any, Any, list[Place]]:
-        """Return one species' slots, buffers and places."""
-        if not members:
-            return None, None, []
-        capacity = len(self._species[s].members)
+    def _slots(self, s: int, members: Mapping[int, Any]) -> list[int]:
+        """Return which slots of a species run: those asked for, then padding."""
         used = sorted(members)
-        rows = next_power_of_two(max(own.rows for _, own in members.values()))
-        index = None
-        if len(used) < capacity:
-            num_slots = min(next_power_of_two(len(used)), capacity)
-            used += used[:1] * (num_slots - len(used))
-            index = np.asarray(used, np.int32)
-        specs = self._species[s].trace.input_specs
-        buffers = tuple(
-            fill([members[slot][1].leaves[i] for slot in used], rows, spec)
-            for i, spec in enumerate(specs)
-        ) or (np.zeros((len(used), rows), np.int8),)
-        places = []
-        for k, slot in enumerate(used[: len(members)]):
-            name, own = members[slot]
-            places.append((name, s, k, own.rows, own.out_sizes))
-        return index, buffers, places
+        capacity = len(self._species[s].members)
+        if not used or len(used) == capacity:
+            return used
+        num_slots = min(next_power_of_two(len(used)), capacity)
+        return used + used[:1] * (num_slots - len(used))
+
+    def _index(self, used: Sequence[int], capacity: int) -> Any:
+        if not used:
+            return ()
+        is_all = list(used) == list(range(capacity))
+        return None if is_all else np.asarray(used, np.int32)
+
+    def _fill(self, buffer: Buffer, found: Sequence[Any], used: Sequence[Any]) -> Any:
+        """Return one staged array, or None if nobody who uses it takes part."""
+        taking = [(s, leaf) for s, leaf in buffer.members if used[s]]
+        if not taking:
+            return None
+        (component,) = [c for c in self._layout.components if taking[0][0] in c]
+        rows = next_power_of_two(
+            max(x.rows for s in component for _, x in found[s].values())
+        )
+        counts = {s: len(used[s]) for s, _ in taking}
+        if taking[0][1] < 0:
+            return np.zeros((buffer.num_rows(counts), rows), np.int8)
+        leaves = [
+            found[s][slot][1].leaves[leaf] for s, leaf in taking for slot in used[s]
+        ]
+        return fill(leaves, rows, buffer.shape(counts), buffer.dtype)
 
     def _vjps(self, s: int) -> Any:
         """Return a species' derivative programs by rows, and each slot's variant."""
@@ -349,16 +378,39 @@ class Fused:
         """Fill in how each launch is computed at one row."""
         launches = iter(plan.launches)
         chosen = []
-        for one in plan.species:
-            for op in one.trace.ops:
-                if op.is_heavy:
+        for node in plan.nodes:
+            ops = [plan.species[s].trace.ops[i] for s, i in node.members]
+            if ops[0].is_heavy:
+                name = "native"
+                if node.body is None:
                     name = _lower.choose(
-                        op,
-                        [True] * len(op.inputs),
-                        num_slots=len(one.members),
+                        _rules.widen(ops),
+                        [True] * len(ops[0].inputs),
+                        num_slots=sum(
+                            len(plan.species[s].members) for s in node.species
+                        ),
                         rows=1,
                         cost=plan.cost,
                         mode=lowering,
                     )
-                    chosen.append(dataclasses.replace(next(launches), lowering=name))
+                chosen.append(dataclasses.replace(next(launches), lowering=name))
         return dataclasses.replace(plan, launches=tuple(chosen))
+
+    def _with_bytes(self, plan: Plan) -> Plan:
+        """Fill in what the parameters take, alone and in the bank."""
+        alone = sum(
+            op_bytes(one.trace.param_specs[: one.trace.num_params]) * len(one.members)
+            for one, b in zip(plan.species, self._layout.bank_of, strict=True)
+            if plan.species[self._layout.bank_of.index(b)] is one
+        )
+        capacities = dict(enumerate(self._layout.capacities))
+        columns = self._columns(plan.species)
+        first = {b: s for s, b in reversed(list(enumerate(self._layout.bank_of)))}
+        held = 0
+        for i, buffer in enumerate(self._layout.params):
+            own = [row[leaf] for b, leaf in buffer.members for row in columns[first[b]]]
+            rows = 1 if _bank.is_shared(own, self._layout.rows_of(i)) else None
+            size = math.prod(buffer.shape(capacities))
+            itemsize = getattr(buffer.dtype, "itemsize", 4)
+            held += size * itemsize * (rows or self._layout.rows_of(i))
+        return dataclasses.replace(plan, param_bytes_alone=int(alone), param_bytes=held)

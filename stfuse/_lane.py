@@ -10,10 +10,13 @@ import jax
 import numpy as np
 
 from stfuse import _bank, _cache
-from stfuse._align import group
+from stfuse._align import align
 from stfuse._bank import Bank
 from stfuse._job import Job
+from stfuse._layout import Layout, lay_out
+from stfuse._plan import Plan, group
 from stfuse._program import Trace
+from stfuse._stacked import LeafPlaces
 from stfuse._step import make_step
 from stfuse._types import Bucket, Chunk, Cost, Device
 
@@ -45,42 +48,57 @@ class Lane:
 
     Attributes:
         name: its name.
-        traces: one program per species.
+        plan: who shares which launch.
+        layout: where leaves stand.
         capacities: slots of each species.
-        stack_of: which of the bank's stacks each species reads; a job's programs at
-            several lengths share one.
         bank: the parameters.
         places: species and slot of each job's programs, by name.
         generations: of the weights that each job's slots hold.
         steps: compiled steps by bucket.
         buffers: free staging buffers by bucket.
+        entries: where inputs are staged, by bucket.
+        cuts: where outputs stand, by bucket and species.
     """
 
     name: str
-    traces: tuple[Trace, ...]
+    plan: Plan
+    layout: Layout
     capacities: tuple[int, ...]
-    stack_of: tuple[int, ...]
     bank: Bank
     places: dict[str, tuple[tuple[int, int], ...]]
     generations: dict[str, int]
     steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
     buffers: dict[Bucket, list[Any]] = field(default_factory=dict)
+    entries: dict[Bucket, Any] = field(default_factory=dict)
+    cuts: dict[tuple[Bucket, int], LeafPlaces] = field(default_factory=dict)
 
-    def stacks(self) -> tuple[Any, ...]:
-        """Return the parameters of each species, as a step takes them."""
-        return tuple(self.bank.stacks[i] for i in self.stack_of)
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        """One program per species."""
+        return tuple(one.trace for one in self.plan.species)
 
 
-def build(name: str, members: Sequence[Member], device: Device) -> Lane:
-    """Group members by program and pack their weights; nothing is compiled yet."""
+def build(name: str, members: Sequence[Member], device: Device, *, cost: Cost) -> Lane:
+    """Plan who shares launches and pack the weights; nothing is compiled yet."""
     programs = [(m, length) for m in members for length in range(len(m.traces))]
-    species = group([m.traces[length] for m, length in programs])
+    traces = [m.traces[length] for m, length in programs]
+    species = group(traces)
     capacities = tuple(_cache.next_power_of_two(len(one.members)) for one in species)
     columns = [
         [programs[i][0].leaves(programs[i][1]) for i in one.members] for one in species
     ]
     names = [[programs[i][0].job.name for i in one.members] for one in species]
-    stack_of = _bank.alias(names, columns)
+    bank_of = _bank.alias(names, columns)
+    plan = align(
+        [m.job.name for m, _ in programs],
+        traces,
+        cost,
+        shares=_bank.marks(columns, capacities),
+        banks=bank_of,
+        counts=capacities,
+    )
+    first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
+    layout = lay_out(plan, bank_of, [capacities[s] for s in first])
     here: dict[int, Any] = {}  # by identity, which `pack` asks for
 
     def placed(leaf: Any) -> Any:
@@ -89,11 +107,7 @@ def build(name: str, members: Sequence[Member], device: Device) -> Lane:
             here[id(leaf)] = device.put(leaf)
         return here.get(id(leaf), leaf)
 
-    columns = [[tuple(map(placed, own)) for own in column] for column in columns]
-    stacks = tuple(
-        _bank.pack(columns[s], species[s].trace.param_specs, capacities[s])
-        for s in dict.fromkeys(map(stack_of.index, stack_of))
-    )
+    own = [[tuple(map(placed, leaves)) for leaves in columns[s]] for s in first]
     places: dict[str, list[tuple[int, int]]] = {m.job.name: [] for m in members}
     where = {
         i: (s, k) for s, one in enumerate(species) for k, i in enumerate(one.members)
@@ -102,10 +116,10 @@ def build(name: str, members: Sequence[Member], device: Device) -> Lane:
         places[member.job.name].append(where[i])
     return Lane(
         name=name,
-        traces=tuple(one.trace for one in species),
+        plan=plan,
+        layout=layout,
         capacities=capacities,
-        stack_of=stack_of,
-        bank=device.put(Bank(stacks)),
+        bank=device.put(_bank.pack(layout, own)),
         places={job: tuple(each) for job, each in places.items()},
         generations={m.job.name: m.generation for m in members},
     )
@@ -139,30 +153,19 @@ def leave(lane: Lane, name: str) -> None:
 
 def write(lane: Lane, member: Member) -> bool:
     """Put a job's weights into its slots; False if that would change the layout."""
-    stacks = list(lane.bank.stacks)
-    # Programs that share a stack hold the job in the same slot of it.
+    # Programs that share a bank hold the job in the same slot of it.
     places = {
-        lane.stack_of[s]: (s, slot, member.leaves(length))
+        lane.layout.bank_of[s]: (slot, member.leaves(length))
         for length, (s, slot) in enumerate(lane.places[member.job.name])
     }
-    for i, (s, _, new) in places.items():
-        specs = lane.traces[s].param_specs
-        if lane.capacities[s] > 1 and not _bank.fits_shared(stacks[i], specs, new):
+    for b, (_, new) in places.items():
+        if not _bank.fits_shared(lane.layout, lane.bank, b, new):
             return False
-    for i, (s, slot, new) in places.items():
-        specs = lane.traces[s].param_specs
-        if lane.capacities[s] == 1:
-            new = _bank.pack([new], specs, 1)
+    for b, (slot, new) in places.items():
         # The new arrays go where the old ones are.
-        fresh = [
-            jax.device_put(x, old.sharding)
-            for x, old in zip(new, stacks[i], strict=True)
-        ]
-        if lane.capacities[s] == 1:
-            stacks[i] = tuple(fresh)
-        else:
-            stacks[i] = _bank.write(stacks[i], specs, slot, fresh, donate=True)
-    lane.bank = Bank(tuple(stacks))
+        where = lane.bank.stacks[0].sharding if lane.bank.stacks else None
+        fresh = [jax.device_put(x, where) for x in new]
+        lane.bank = _bank.write(lane.layout, lane.bank, b, slot, fresh, donate=True)
     lane.generations[member.job.name] = member.generation
     return True
 
@@ -171,22 +174,22 @@ def compile_bucket(
     lane: Lane, bucket: Bucket, device: Device, *, cost: Cost, lowering: str = "auto"
 ) -> Callable[..., Any]:
     """Return the lane's compiled step for a bucket, from the cache if it is there."""
-    bank = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lane.stacks())
+    stacks = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lane.bank.stacks)
     slots, inputs = _specs(lane, bucket)
-    form: Hashable = tuple((s.shape, s.dtype) for s in jax.tree.leaves(bank))
-    signature = (
+    signature: Hashable = (
         tuple(trace.key for trace in lane.traces),
-        lane.capacities,
-        form,
+        lane.plan.nodes,
+        lane.layout,
+        tuple((s.shape, s.dtype) for s in stacks),
         bucket,
         cost,
         lowering,
         device.name,
         _cache.config_key(),
     )
-    step_fn = make_step(lane.traces, cost=cost, lowering=lowering)
+    step_fn = make_step(lane.plan, lane.layout, cost=cost, lowering=lowering)
     return _cache.STEPS.get(
-        signature, lambda: device.compile(step_fn, bank, slots, inputs)
+        signature, lambda: device.compile(step_fn, stacks, slots, inputs)
     )
 
 
@@ -206,7 +209,7 @@ def stage(
 
     Returns:
         Slots, buffers, and per chunk its species and slot of the step. All that no
-        request fills is zero. Give the buffers back with `release`.
+        request fills is zero. Give all back with `release`.
     """
     free = lane.buffers.setdefault(bucket, [])
     slots, buffers = free.pop() if free else _allocate(lane, bucket)
@@ -219,10 +222,16 @@ def stage(
         placed.append((s, k))
         if slots[s] is not None:
             slots[s][k] = own
-        _copy_rows([leaves_of[r] for r in chunk.requests], buffers[s], k)
-    for s, staged in enumerate(buffers):
-        if staged is not None:
-            _clear(staged, slots[s], filled[s], {k for of, k in placed if of == s})
+        requests = [leaves_of[r] for r in chunk.requests]
+        for leaf, i, row in _entries(lane, bucket)[s]:
+            _copy_rows([leaves[leaf] for leaves in requests], buffers[i][row + k])
+    for s, entries in _entries(lane, bucket).items():
+        used = {k for of, k in placed if of == s}
+        unused = [k for k in range(bucket.slots[s]) if k not in used]
+        for _, i, row in entries if unused else ():
+            buffers[i][[row + k for k in unused]] = 0
+        if slots[s] is not None:
+            slots[s][filled[s] :] = 0
     return slots, buffers, placed
 
 
@@ -241,19 +250,43 @@ def sample(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     return slots, buffers
 
 
+def cut_places(lane: Lane, bucket: Bucket, species: int) -> LeafPlaces:
+    """Return where the outputs of a species' slot 0 stand in a bucket's step."""
+    key = (bucket, species)
+    if key not in lane.cuts:
+        lane.cuts[key] = lane.layout.cut_places(_counts(bucket), species, 0)
+    return lane.cuts[key]
+
+
+def _counts(bucket: Bucket) -> dict[int, int]:
+    return {s: k for s, k in enumerate(bucket.slots) if k}
+
+
+def _entries(lane: Lane, bucket: Bucket) -> dict[int, list[tuple[int, int, int]]]:
+    """Return per species the leaf, the buffer, and the row of slot 0 of its inputs."""
+    found = lane.entries.get(bucket)
+    if found is None:
+        counts = _counts(bucket)
+        found = lane.entries[bucket] = {s: [] for s in counts}
+        for i, buffer in enumerate(lane.layout.inputs):
+            starts = buffer.starts(counts)
+            for s, leaf in buffer.members:
+                if s in counts and leaf >= 0:  # a bare carrier has no rows to copy
+                    found[s].append((leaf, i, starts[s]))
+    return found
+
+
 def _specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     """Return the specs of a bucket's slots and inputs."""
-    slots, inputs = [], []
-    for trace, k, capacity in zip(
-        lane.traces, bucket.slots, lane.capacities, strict=True
-    ):
+    counts, slots, inputs = _counts(bucket), [], []
+    for k, capacity in zip(bucket.slots, lane.capacities, strict=True):
         is_indexed = 0 < k < capacity
-        slots.append(jax.ShapeDtypeStruct((k,), np.int32) if is_indexed else None)
-        lead = (k, bucket.rows)
-        leaves = tuple(
-            jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype) for s in trace.input_specs
-        ) or (jax.ShapeDtypeStruct(lead, np.int8),)  # no inputs: a bare carrier
-        inputs.append(leaves if k else None)
+        index = jax.ShapeDtypeStruct((k,), np.int32) if is_indexed else None
+        slots.append(index if k else ())
+    for buffer in lane.layout.inputs:
+        rows = buffer.num_rows(counts)
+        shape = (rows, bucket.rows, *buffer.shape(counts)) if rows else ()
+        inputs.append(jax.ShapeDtypeStruct(shape, buffer.dtype) if rows else None)
     return slots, inputs
 
 
@@ -261,24 +294,11 @@ def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), _specs(lane, bucket))
 
 
-def _copy_rows(
-    requests: Sequence[Sequence[Any]], buffers: Sequence[Any], k: int
-) -> None:
-    """Copy requests into one slot, one after the other; zero the rows left."""
-    for i, buffer in enumerate(buffers):
-        at = 0
-        for leaves in requests:
-            if i < len(leaves):  # a bare carrier has no rows to copy
-                buffer[k, at : at + len(leaves[i])] = leaves[i]
-                at += len(leaves[i])
-        buffer[k, at:] = 0
-
-
-def _clear(staged: Sequence[Any], slots: Any, filled: int, used: set[int]) -> None:
-    """Zero the slots that nobody uses, so that no old row is ever computed on."""
-    unused = [k for k in range(staged[0].shape[0]) if k not in used]
-    if unused:
-        for buffer in staged:
-            buffer[unused] = 0
-    if slots is not None:
-        slots[filled:] = 0
+def _copy_rows(requests: Sequence[Any], rows: Any) -> None:
+    """Copy leaves into one slot's rows, one after the other; zero the rows left."""
+    at = 0
+    for leaf in requests:
+        inner = tuple(map(slice, leaf.shape[1:]))
+        rows[(slice(at, at + len(leaf)), *inner)] = leaf
+        at += len(leaf)
+    rows[at:] = 0

@@ -75,7 +75,7 @@ class Op:
             in_specs=tuple(in_specs),
             specs=tuple(specs),
             params=params,
-            flops=op_flops(self.name, params, in_specs, specs),
+            flops=op_flops(self.name, params, shapes_of(in_specs), shapes_of(specs)),
             num_bytes=op_bytes((*in_specs, *specs)),
             bind_fn=bind_with(self.primitive, params),
         )
@@ -137,22 +137,30 @@ def op_bytes(specs: Sequence[jax.ShapeDtypeStruct]) -> float:
     )
 
 
+def shapes_of(specs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of some values."""
+    return tuple(tuple(getattr(s, "shape", ())) for s in specs)
+
+
 def op_flops(name: str, params: dict[str, Any], ins: Any, outs: Any) -> float:
-    """Return the arithmetic of one op, loops counted once if unbounded."""
-    out = sum(math.prod(getattr(x, "shape", ())) for x in outs)
+    """Return the arithmetic of one op from its operands' and outputs' shapes.
+
+    Loops are counted once if they are unbounded.
+    """
+    out = sum(map(math.prod, outs))
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * out * math.prod(ins[0].shape[i] for i in contracted)
+        return 2.0 * out * math.prod(ins[0][i] for i in contracted)
     if name == "conv_general_dilated":
-        out_features = ins[1].shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * out * math.prod(ins[1].shape) / max(out_features, 1)
+        out_features = ins[1][params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * out * math.prod(ins[1]) / max(out_features, 1)
     inner = sum(map(_eqn_flops, _body_eqns(params)))
     return inner * params.get("length", 1) if inner else float(out)
 
 
 def _eqn_flops(eqn: Any) -> float:
-    avals = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
-    return op_flops(eqn.primitive.name, dict(eqn.params), *avals)
+    sides = (shapes_of([v.aval for v in vs]) for vs in (eqn.invars, eqn.outvars))
+    return op_flops(eqn.primitive.name, dict(eqn.params), *sides)
 
 
 def _body_eqns(params: dict[str, Any]) -> list[Any]:

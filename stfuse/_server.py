@@ -206,7 +206,7 @@ class Server:
         slots, inputs = _lane.sample(lane, bucket)
         start_s = self.clock()
         step = lane.steps[bucket]
-        self.device.read(self.device.launch(step, lane.stacks(), slots, inputs))
+        self.device.read(self.device.launch(step, lane.bank.stacks, slots, inputs))
         return max(self.clock() - start_s, 1e-6)
 
     def _next(self) -> tuple[list[Any], Batch | None, tuple[int, ...]] | None:
@@ -249,7 +249,7 @@ class Server:
                 n: self._requests[n].leaves for c in batch.chunks for n in c.requests
             }
             slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
-            outputs = self.device.launch(step, lane.stacks(), slots, inputs)
+            outputs = self.device.launch(step, lane.bank.stacks, slots, inputs)
         except Exception as error:  # whatever a device raises is an outcome per job
             self._failed(batch, error)
             return

@@ -15,9 +15,10 @@ from stfuse import _tree
 from stfuse._job import Job
 from stfuse._lengths import Shapes
 
-# Where an answer stands: job name, species, slot of the step, rows, and the shapes that
-# its outputs are cut back to.
-Place = tuple[str, int, int, int, Shapes | None]
+# Where one output leaf of a slot stands: which array, which row, its true shape.
+LeafPlaces = Sequence[tuple[int, int, tuple[int, ...]]]
+# Where an answer stands: job name, its leaves, its rows.
+Place = tuple[str, LeafPlaces, int]
 
 
 @functools.partial(
@@ -31,8 +32,8 @@ class Stacked:
 
     Attributes:
         slots: per species int32 ``[K]``, which bank slot each slot of the step uses;
-            None for all of them in order.
-        inputs: per species its leaves ``[K, B, ...]``; None where it takes no part.
+            None for all of them in order; ``()`` where it takes no part.
+        inputs: per buffer ``[rows, B, *padded]``; None where nobody takes part.
         places: whose rows stand where.
     """
 
@@ -49,7 +50,7 @@ class StackedOutputs:
     """Outputs of a step.
 
     Attributes:
-        leaves: per species its leaves ``[K, B, ...]``; None where it took no part.
+        leaves: per buffer ``[rows, B, *padded]``; None where nobody took part.
         places: whose rows stand where.
     """
 
@@ -57,22 +58,30 @@ class StackedOutputs:
     places: tuple[Place, ...]
 
 
-def fill(leaves: list[Any], rows: int, spec: jax.ShapeDtypeStruct) -> Any:
-    """Return ``[K, B, ...]`` from leaves of fewer rows each."""
+def fill(leaves: list[Any], rows: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return ``[len(leaves), B, *shape]`` from leaves of fewer rows, or smaller ones.
+
+    Missing rows repeat the first one, which keeps gradients finite; padding of the
+    other axes is zero.
+    """
     if any(_tree.is_tracer(x) for x in leaves):
-        return jnp.stack([_repeat_first(jnp.asarray(x), rows) for x in leaves])
-    buffer = np.empty((len(leaves), rows, *spec.shape), spec.dtype)
+        return jnp.stack([_repeat_first(jnp.asarray(x), rows, shape) for x in leaves])
+    buffer = np.zeros((len(leaves), rows, *shape), dtype)
     for k, x in enumerate(leaves):
-        buffer[k, : len(x)] = x
-        buffer[k, len(x) :] = x[:1]
+        inner = tuple(map(slice, x.shape[1:]))
+        buffer[(k, slice(len(x)), *inner)] = x
+        buffer[(k, slice(len(x), None), *inner)] = x[:1]
     return buffer
 
 
-def _repeat_first(x: Any, rows: int) -> Any:
+def _repeat_first(x: Any, rows: int, shape: tuple[int, ...]) -> Any:
     missing = rows - x.shape[0]
-    if not missing:
+    if missing:
+        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
+    if x.shape[1:] == shape:
         return x
-    return jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
+    more = [(0, want - n) for n, want in zip(x.shape[1:], shape, strict=True)]
+    return jnp.pad(x, [(0, 0), *more])
 
 
 def to_host(x: Any) -> Any:
@@ -84,26 +93,33 @@ def to_host(x: Any) -> Any:
 
 def cut(
     outputs: Sequence[Any],
-    k: int,
+    places: LeafPlaces,
+    slot: int,
     start: int,
     rows: int,
     job: Job,
-    out_sizes: Shapes | None = None,
 ) -> Any:
     """Return one request's outputs, copied so that they are the caller's own.
 
     Args:
-        outputs: the leaves of its species, ``[K, B, ...]``.
-        k: its slot.
+        outputs: a step's output arrays ``[rows, B, *padded]``.
+        places: where the leaves of its species' slot 0 stand.
+        slot: its slot.
         start: its first row.
         rows: how many.
         job: whose request it is; an unbatched one has no row axis.
-        out_sizes: per leaf the shape to cut its padding back to, or None.
     """
     of = slice(start, start + rows) if job.batched else start
     own = []
-    for i, x in enumerate(outputs):
-        sizes = out_sizes[i] if out_sizes else ()
-        y = x[(k, of, *map(slice, sizes))]
+    for i, row, shape in places:
+        x = outputs[i]
+        y = x[(row + slot, of, *map(slice, shape))]
         own.append(np.array(y) if isinstance(x, np.ndarray) else y)
     return jax.tree.unflatten(jax.tree.structure(job.outputs), own)
+
+
+def resized(places: LeafPlaces, shapes: Shapes | None) -> LeafPlaces:
+    """Return places whose leaves are cut back to some shapes, if any."""
+    if shapes is None:
+        return places
+    return tuple((i, row, s) for (i, row, _), s in zip(places, shapes, strict=True))

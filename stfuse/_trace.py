@@ -29,6 +29,7 @@ from stfuse._program import (
     is_inexact,
     op_bytes,
     op_flops,
+    shapes_of,
 )
 
 _INLINED = frozenset(
@@ -62,6 +63,19 @@ def trace_body(op: Op) -> Trace:
     if body not in _TRACES:
         _TRACES[body] = _flatten(body, 0)
     return _TRACES[body]
+
+
+def scan_parts(op: Op) -> tuple[int, int, int]:
+    """Return how many of a scan's operands are constants, carries and xs.
+
+    Read off the ranks: the parameters that say it differ between JAX versions.
+    """
+    body = trace_body(op)
+    ins = zip(op.in_specs, body.input_specs, strict=True)
+    num_xs = sum(len(x.shape) > len(b.shape) for x, b in ins)
+    outs = zip(op.specs, body.out_specs, strict=True)
+    num_carries = sum(len(y.shape) == len(b.shape) for y, b in outs)
+    return len(op.in_specs) - num_carries - num_xs, num_carries, num_xs
 
 
 def trace_vjp(job: Job, num_rows: int) -> Trace:
@@ -236,7 +250,7 @@ def _op(eqn: Any, ins: list[Any], outs: list[_Value], numbers: dict[Any, int]) -
         in_specs=in_specs,
         specs=specs,
         params=params,
-        flops=op_flops(name, params, in_specs, specs),
+        flops=op_flops(name, params, shapes_of(in_specs), shapes_of(specs)),
         num_bytes=op_bytes((*in_specs, *specs)),
         bind_fn=bind_with(eqn.primitive, params),
         key=Key((name, canonical(in_specs), canonical(specs), params_form(params))),

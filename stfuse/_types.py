@@ -256,6 +256,6 @@ class Device(Protocol):
         """Start a step over host buffers; return without waiting for it."""
         ...
 
-    def read(self, outputs: Any) -> Sequence[Sequence[Any] | None]:
+    def read(self, outputs: Any) -> Sequence[Any]:
         """Wait for a step's outputs and return them as host arrays."""
         ...

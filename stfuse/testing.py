@@ -162,14 +162,14 @@ class FakeDevice:
         step_s = self._step_s(inputs) if callable(self._step_s) else self._step_s
         return self._real.launch(compiled, bank, slots, inputs), step_s
 
-    def read(self, outputs: Any) -> Sequence[Sequence[Any] | None]:
+    def read(self, outputs: Any) -> Sequence[Any]:
         """Wait while held, move the clock, and return the real outputs.
 
         Args:
             outputs: what `launch` returned.
 
         Returns:
-            Per species its output leaves on the host, or None.
+            Per output array of the step, itself on the host, or None.
         """
         self._open.wait()
         real, step_s = outputs

@@ -141,8 +141,8 @@ def requests(case: Case, fused: stfuse.Fused, rows: Sequence[int]) -> dict[str, 
 def slot_of(fused: stfuse.Fused, bank: stfuse.Bank, name: str) -> list[Any]:
     """Return one job's leaves of a bank, or of its gradient, closed-over ones last."""
     ((species, slot),) = fused._where[name]
-    specs = fused.plan.species[species].trace.param_specs
-    return list(_bank.read(bank.stacks[species], specs, slot))
+    bank_number = fused._layout.bank_of[species]
+    return list(_bank.read(fused._layout, bank, bank_number, slot))
 
 
 def _floats(*shape: int, dtype: Any = np.float32) -> Callable[[Rng, int], Any]:

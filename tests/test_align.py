@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import stfuse
 from stfuse import _align, _trace
-from stfuse._align import Launch, Plan
+from stfuse._plan import Launch, Plan
 from stfuse._cost import RECORDS
 from tests import cases
 from tests.cases import CASES

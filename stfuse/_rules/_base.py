@@ -85,7 +85,8 @@ class Merge:
     def output(self, i: int, array: Any, is_stacked: bool, clean: Axes = ()) -> Stack:
         """Return an array as the launch's output ``i``."""
         ndim = len(self.wide.specs[i].shape)
-        sizes = self.per_row(lambda op: op.specs[i].shape).reshape(-1, ndim)
+        sizes = self.per_row(lambda op: op.specs[i].shape)
+        sizes = sizes.astype(int).reshape(sum(self.counts), ndim)
         held = frozenset(clean)
         return Stack(array, is_stacked, sizes, tuple(a in held for a in range(ndim)))
 

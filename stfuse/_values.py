@@ -1,0 +1,221 @@
+"""Values of several species in one array, and how a launch reads them.
+
+A launch reads each operand as one stack in the order of its members. If its values
+stand there already, in that order, they are used as they are; else they are cropped,
+padded and concatenated, and the result is kept for later readers. Padding is whatever
+came out, except where an axis is marked clean: zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stfuse import _rules
+from stfuse._program import Literal, Trace
+from stfuse._rules import Stack
+
+Atom = int | Literal
+Value = tuple[int, Atom]  # species, value number or literal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """One array that holds a value of some species; compared by identity.
+
+    Attributes:
+        array: ``[R, *padded]``, or ``[*padded]`` for all rows.
+        is_stacked: whether it has rows.
+        clean: per axis of a row, whether its padding is zero.
+        starts: per species its first row.
+    """
+
+    array: Any
+    is_stacked: bool
+    clean: tuple[bool, ...]
+    starts: Mapping[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The padded shape of one row."""
+        return tuple(self.array.shape[self.is_stacked :])
+
+
+@dataclass(slots=True)
+class Env:
+    """The values of an evaluation.
+
+    Attributes:
+        programs: per species that takes part, its program.
+        counts: per species, its slots.
+        values: what is known so far, by species and value number.
+    """
+
+    programs: Mapping[int, Trace]
+    counts: Mapping[int, int]
+    values: dict[tuple[int, int], Held] = field(default_factory=dict)
+
+    def spec(self, value: Value) -> jax.ShapeDtypeStruct:
+        """Return the true shape and dtype of a program's input or parameter."""
+        s, number = value
+        return self.programs[s].specs[number]  # type: ignore[index]
+
+    def put(self, species: Sequence[int], numbers: Sequence[int], x: Stack) -> Held:
+        """Keep a stack as a value of some species, rows in their order."""
+        held = Held(x.array, x.is_stacked, x.clean, self.starts(species))
+        for s, number in zip(species, numbers, strict=True):
+            self.values[s, number] = held
+        return held
+
+    def starts(self, species: Sequence[int]) -> dict[int, int]:
+        """Return each species' first row in a stack of some species."""
+        starts, at = {}, 0
+        for s in species:
+            starts[s] = at
+            at += self.counts[s]
+        return starts
+
+
+def read(
+    env: Env,
+    values: Sequence[Value],
+    specs: Sequence[jax.ShapeDtypeStruct],
+    shape: tuple[int, ...],
+) -> Stack:
+    """Return values of some species as one stack.
+
+    Args:
+        env: the values.
+        values: per species its value.
+        specs: per species the value's true shape.
+        shape: what to pad (and crop) a row to.
+
+    Returns:
+        The stack, rows in the order given; without a row axis if all share one array.
+    """
+    counts = [env.counts[s] for s, _ in values]
+    sizes = np.repeat([spec.shape for spec in specs], counts, axis=0)
+    sizes = sizes.astype(int).reshape(sum(counts), len(shape))
+    ready = _lined_up(env, values, counts)
+    if ready is not None:
+        return _fit(replace(ready, sizes=sizes), shape)
+    pieces, at = [], 0
+    for value, spec, count in zip(values, specs, counts, strict=True):
+        piece = _piece(env, value, spec, count, sizes[at : at + count])
+        pieces.append(_fit(piece, shape))
+        at += count
+    return _joined(env, values, pieces, sizes)
+
+
+def _lined_up(env: Env, values: Sequence[Value], counts: Sequence[int]) -> Stack | None:
+    """Return the array where all values stand in order already, if there is one."""
+    s, first = values[0]
+    if isinstance(first, Literal):
+        return _constant(values, counts)
+    held = env.values[s, first]
+    for s, atom in values[1:]:
+        if isinstance(atom, Literal) or env.values[s, atom] is not held:
+            return None
+    array, num_rows = held.array, sum(counts)
+    if held.is_stacked:
+        start = at = held.starts[values[0][0]]
+        for (s, _), count in zip(values, counts, strict=True):
+            if held.starts[s] != at:
+                return None
+            at += count
+        if num_rows != array.shape[0]:
+            array = lax.slice_in_dim(array, start, at)
+    return Stack(array, held.is_stacked, np.zeros((num_rows, 0)), held.clean)
+
+
+def _constant(values: Sequence[Value], counts: Sequence[int]) -> Stack | None:
+    """Return literals as a constant: one for all rows, or one a row."""
+    atoms = [atom for _, atom in values]
+    if not all(isinstance(atom, Literal) for atom in atoms):
+        return None
+    specs = [atom.spec for atom in atoms]  # type: ignore[union-attr]
+    if any(spec.shape != specs[0].shape for spec in specs):
+        return None
+    arrays = [np.asarray(atom.value, atom.spec.dtype) for atom in atoms]  # type: ignore[union-attr]
+    ndim, clean = len(specs[0].shape), (False,) * len(specs[0].shape)
+    if all(x.tobytes() == arrays[0].tobytes() for x in arrays):
+        array, is_stacked = jnp.asarray(arrays[0], specs[0].dtype), False
+    else:
+        array, is_stacked = jnp.asarray(np.repeat(arrays, counts, axis=0)), True
+    return Stack(array, is_stacked, np.zeros((sum(counts), ndim)), clean)
+
+
+def _piece(env: Env, value: Value, spec: Any, count: int, sizes: np.ndarray) -> Stack:
+    """Return one species' value by itself."""
+    s, atom = value
+    if isinstance(atom, Literal):
+        array = jnp.asarray(atom.value, atom.spec.dtype)
+        return Stack(array, False, sizes, (False,) * len(spec.shape))
+    held = env.values[s, atom]
+    array = held.array
+    if held.is_stacked:
+        start = held.starts[s]
+        if count != array.shape[0]:
+            array = lax.slice_in_dim(array, start, start + count)
+    return Stack(array, held.is_stacked, sizes, held.clean)
+
+
+def _joined(
+    env: Env, values: Sequence[Value], pieces: Sequence[Stack], sizes: np.ndarray
+) -> Stack:
+    """Concatenate pieces, and keep the result for later readers."""
+    clean = tuple(
+        all(x.is_zero_padded(axis) for x in pieces) for axis in range(sizes.shape[1])
+    )
+    arrays = [_rules.to_stacked(x).array for x in pieces]
+    array = arrays[0] if len(arrays) == 1 else lax.concatenate(arrays, 0)
+    held = Held(array, True, clean, env.starts([s for s, _ in values]))
+    for s, atom in values:
+        if not isinstance(atom, Literal):
+            env.values[s, atom] = held
+    return Stack(array, True, sizes, clean)
+
+
+def _fit(x: Stack, shape: tuple[int, ...]) -> Stack:
+    """Crop and pad (with zeros) each row to a shape that holds its true size."""
+    if x.shape == shape:
+        return x
+    array, lead = x.array, int(x.is_stacked)
+    smaller = tuple(map(min, x.shape, shape))
+    if smaller != x.shape:
+        rows = array.shape[:1] if x.is_stacked else ()
+        array = lax.slice(array, (0,) * array.ndim, (*rows, *smaller))
+    x = replace(x, array=array)
+    if smaller == shape:
+        return x
+    clean = tuple(
+        x.clean[a] or bool((x.sizes[:, a] == small).all())
+        if small < want
+        else x.clean[a]
+        for a, (small, want) in enumerate(zip(smaller, shape, strict=True))
+    )
+    more = [(0, want - small) for small, want in zip(smaller, shape, strict=True)]
+    array = jnp.pad(array, [(0, 0)] * lead + more)
+    return replace(x, array=array, clean=clean)
+
+
+def assemble(
+    env: Env, values: Sequence[Value], specs: Sequence[Any], *, is_masked: bool = False
+) -> Stack:
+    """Return values as one stack with rows, padded to the largest.
+
+    Args:
+        env: the values.
+        values: per species its value.
+        specs: per species the value's true shape.
+        is_masked: whether padding must be zero.
+    """
+    shape = _rules.widest([spec.shape for spec in specs])
+    x = _rules.to_stacked(read(env, values, specs, shape))
+    return _rules.mask(x, range(len(shape))) if is_masked else x
