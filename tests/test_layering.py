@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # In import order: a file imports only files above it.
 ORDER = (
     "_errors _types _tree _lengths _job _inputs _fingerprint _program _trace _cost "
-    "_rules _plan _align _lower _values _evaluate _layout _bank _step _stacked _cache "
+    "_rules _plan _draft _align _lower _values _evaluate _layout _bank _step _stacked _cache "
     "_fuse _metrics _scheduler _device _lane _flight _server _builder _engine __init__ "
     "testing"
 ).split()

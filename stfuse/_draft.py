@@ -1,0 +1,242 @@
+"""Launches while they are being planned, and what they cost alone and together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stfuse import _rules
+from stfuse._program import Literal, Op, Trace, op_flops, shapes_of
+from stfuse._trace import scan_parts, trace_body
+from stfuse._types import Cost
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A launch while it is being planned.
+
+    Attributes:
+        op: its first member's op.
+        form: what its members have in common.
+        after: the three primitives after it, of its first member.
+        members: op index by species.
+        banks: whose parameters its members have.
+        rows: jobs of all its members.
+        ins: padded shapes of its operands.
+        outs: padded shapes of its outputs.
+        work: flops (heavy) or bytes (light) of its members, unpadded.
+        cost_s: predicted time.
+        deps: launches that it reads.
+        reads: per operand what its first member reads there.
+        turns: of a scan, how often its body runs.
+        body: of a scan, the launches of its body.
+    """
+
+    op: Op
+    form: tuple[int, int]
+    after: tuple[str, ...]
+    members: dict[int, int]
+    banks: set[Hashable]
+    rows: int
+    ins: Shapes
+    outs: Shapes
+    work: float
+    cost_s: float
+    deps: set[Draft]
+    reads: tuple[Any, ...]
+    turns: int = 1
+    body: list[Draft] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What a launch would be with one more member; ``gain_s`` is the time saved."""
+
+    gain_s: float
+    ins: Shapes
+    outs: Shapes
+    cost_s: float
+    turns: int = 1
+    body: list[Draft] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the planner goes by.
+
+    Attributes:
+        cost: the device.
+        max_waste: cap on padded work over true work, minus one; None for none.
+        counts: jobs per species.
+        banks: per species, whose parameters it has; equal ones never share a launch.
+        memo: joints by shapes.
+        numbers: of the forms met so far.
+    """
+
+    cost: Cost
+    max_waste: float | None
+    counts: Sequence[int]
+    banks: Sequence[Hashable]
+    memo: dict[Hashable, Joint | None] = field(default_factory=dict)
+    numbers: dict[Hashable, int] = field(default_factory=dict)
+
+    def number(self, form: Hashable) -> int:
+        """Return a small number for a form: equal ones for equal forms."""
+        return self.numbers.setdefault(form, len(self.numbers))
+
+    def form(self, op: Op, shared: tuple[Hashable, ...]) -> tuple[int, int]:
+        """Return an op's form, and what its operands share among all slots.
+
+        Loops may differ in length and in their bodies.
+        """
+        own = self.numbers.get(op.key)
+        if own is None:
+            is_loop = op.name == "scan" and op.primitive is not None
+            rule = ("scan", op.params["reverse"]) if is_loop else _rules.form(op)
+            own = self.numbers[op.key] = self.number(("form", rule))
+        is_shared = any(tag is not None for tag in shared)
+        return own, self.number(("shared", shared)) if is_shared else -1
+
+
+def singles(
+    s: int, trace: Trace, tags: dict[int, Hashable], terms: Terms
+) -> list[Draft]:
+    """Return a species' ops as launches of their own.
+
+    Args:
+        s: the species.
+        trace: its program.
+        tags: marks of values that all slots share, by value; extended here.
+        terms: what the planner goes by.
+    """
+    made_by: dict[int, tuple[Draft, int]] = {}
+    names = [op.name for op in trace.ops]
+    drafts = []
+    for i, op in enumerate(trace.ops):
+        atoms = [a for a in op.inputs if not isinstance(a, Literal)]
+        shared = tuple(tags.get(a) for a in atoms)
+        if atoms and None not in shared:
+            for k, number in enumerate(op.outputs):
+                tag = (op.key, _literals(op), shared, k)
+                tags[number] = terms.number(("tag", tag))
+        body = _body(s, op, tags, terms)
+        reads = tuple(
+            ("literal",)
+            if isinstance(a, Literal)
+            else made_by.get(a, ("given", tags.get(a)))
+            for a in op.inputs
+        )
+        rows = terms.counts[s]
+        draft = Draft(
+            op=op,
+            form=terms.form(op, shared),
+            after=tuple(names[i + 1 : i + 4]),
+            members={s: i},
+            banks={terms.banks[s]},
+            rows=rows,
+            ins=shapes_of(op.in_specs),
+            outs=shapes_of(op.specs),
+            work=(op.flops if op.is_heavy else op.num_bytes) * rows,
+            cost_s=terms.cost.seconds(_flops(op) * rows, op.num_bytes * rows),
+            deps={made_by[a][0] for a in atoms if a in made_by},
+            reads=reads,
+        )
+        if body is not None:
+            draft.body, draft.turns = body, op.params["length"]
+            draft.work = padded_work(draft)
+            draft.cost_s = loop_s(body, draft.turns, terms)
+        made_by.update((v, (draft, k)) for k, v in enumerate(op.outputs))
+        drafts.append(draft)
+    return drafts
+
+
+def _body(
+    s: int, op: Op, tags: dict[int, Hashable], terms: Terms
+) -> list[Draft] | None:
+    """Return the launches of a scan's body."""
+    if op.name != "scan" or op.primitive is None:
+        return None
+    inner = trace_body(op)
+    own = [None if isinstance(a, Literal) else tags.get(a) for a in op.inputs]
+    held = {inner.num_params + q: own[q] for q in range(scan_parts(op)[0])}
+    shared = {v: tag for v, tag in held.items() if tag is not None}
+    return singles(s, inner, shared, terms)
+
+
+def copied(drafts: Iterable[Draft]) -> list[Draft]:
+    """Return launches that can be merged without changing these."""
+    twins: dict[Draft, Draft] = {}
+    for d in drafts:
+        reads = tuple(
+            (twins[r[0]], r[1]) if isinstance(r[0], Draft) else r
+            for r in d.reads  # type: ignore[misc]
+        )
+        deps = {twins[x] for x in d.deps}
+        twins[d] = replace(
+            d, members=dict(d.members), banks=set(d.banks), deps=deps, reads=reads
+        )
+    return list(twins.values())
+
+
+def wider(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the elementwise maximum of two shapes."""
+    return tuple(map(max, a, b))
+
+
+def _literals(op: Op) -> Hashable:
+    return tuple(
+        (i, repr(a.value)) for i, a in enumerate(op.inputs) if isinstance(a, Literal)
+    )
+
+
+def _flops(op: Op) -> float:
+    return op.flops if op.is_heavy else 0.0
+
+
+def work(op: Op, ins: Shapes, outs: Shapes) -> float:
+    """Return what one row of a launch does: flops if it is heavy, else bytes."""
+    if op.is_heavy:
+        return op_flops(op.name, op.params, ins, outs)
+    return num_bytes(op, ins, outs)
+
+
+def num_bytes(op: Op, ins: Shapes, outs: Shapes) -> float:
+    """Return what one row of a launch reads and writes."""
+    specs = (*op.in_specs, *op.specs)
+    return float(
+        sum(
+            math.prod(shape) * getattr(spec.dtype, "itemsize", 4)
+            for shape, spec in zip((*ins, *outs), specs, strict=True)
+        )
+    )
+
+
+def launch_s(op: Op, ins: Shapes, outs: Shapes, rows: int, terms: Terms) -> float:
+    """Return the predicted time of a launch at some padded shapes."""
+    flops = work(op, ins, outs) if op.is_heavy else 0.0
+    return terms.cost.seconds(flops * rows, num_bytes(op, ins, outs) * rows)
+
+
+def loop_s(body: Sequence[Draft], turns: int, terms: Terms) -> float:
+    """Return the time of a loop: its heavy launches, and one for the rest."""
+    turn_s = sum(d.cost_s for d in body if d.op.is_heavy) + terms.cost.launch_s
+    return turns * turn_s + terms.cost.launch_s
+
+
+def padded_work(draft: Draft) -> float:
+    """Return what a launch does, padding included."""
+    if draft.body is not None:
+        heavy = (d for d in draft.body if d.op.is_heavy)
+        return draft.turns * sum(map(padded_work, heavy))
+    return work(draft.op, draft.ins, draft.outs) * draft.rows
+
+
+def is_wasteful(done: float, true: float, terms: Terms) -> bool:
+    """Return whether padded work goes beyond ``max_waste``."""
+    if terms.max_waste is None:
+        return False
+    return done > true * (1 + terms.max_waste) * (1 + 1e-9)
