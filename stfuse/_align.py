@@ -237,11 +237,17 @@ class _Merging:
         for i in lined_up.get((draft.form, draft.reads), ()):
             if self.s not in self.profile[i].members:
                 return self.join(i, j)
-        if any(self._foreign(self.became[d]) for d in draft.deps):
-            return False
+        reads = {self.became[d] for d in draft.deps}
+        is_foreign = any(map(self._foreign, reads))
         for i in alike.get(draft.form, ()):
-            near = i > self.cursor and self.s not in self.profile[i].members
-            if near and not any(map(self._foreign, self.profile[i].deps)):
+            target = self.profile[i]
+            if i <= self.cursor or self.s in target.members:
+                continue
+            # One operand that lines up is reason enough to collect the others: what
+            # follows (a residual stream) lines up again.
+            if reads & target.deps:
+                return self.join(i, j)
+            if not is_foreign and not any(map(self._foreign, target.deps)):
                 return self.join(i, j)
         return False
 

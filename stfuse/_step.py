@@ -280,9 +280,11 @@ def _gradient(
 
     Closed-over arrays are constants: their rows get zeros.
     """
+    places = [_places(part.traces[s]).get(value) for s, value in values]
+    if all(place is None for place in places):
+        return None
     found, specs = [], []
-    for s, value in values:
-        place = _places(part.traces[s]).get(value)
+    for (s, value), place in zip(values, places, strict=True):
         if place is None:
             spec = part.traces[s].specs[value]
             zeros: Any = Literal(np.zeros(spec.shape, spec.dtype), spec)

@@ -1,8 +1,9 @@
-"""Evaluates a fused plan eagerly, and beside it every op alone: who was wrong first?
+"""Evaluates a fused plan, and beside it every op alone: who was wrong first?
 
 Each launch is checked by itself. What it read must be, bit for bit, what the step had
 made before; what it made must be what each job's op makes of that. So an error is
-named where it happens, and roundings do not add up.
+named where it happens, and roundings do not add up. All of it is one function,
+compiled in haste; whether padding is poisoned is one of its arguments.
 """
 
 import dataclasses
@@ -19,20 +20,28 @@ import stfuse
 from stfuse import _rules, _step
 from stfuse._evaluate import How, Probe, evaluate
 from stfuse._inputs import check_inputs
-from stfuse._program import Literal, Op, Trace
+from stfuse._program import Literal, Op
 from stfuse._rules import Merge, Stack
 from stfuse._stacked import cut
 from stfuse._values import Env
 
-# Results that depend on the order of roundings, or on a library's last bit.
+# Results that depend on the order of roundings, or on a library's last bit. What adds
+# and multiplies is among them: compiled together, the two may round once.
 ROUNDED = frozenset(
-    "acos acosh add_any asin asinh atan atan2 atanh cbrt cholesky "
-    "conv_general_dilated cos cosh cumlogsumexp cumprod cumsum cond digamma div "
-    "dot_general eigh erf erf_inv erfc exp exp2 expm1 fft integer_pow lgamma log "
-    "log1p logistic lu pow qr reduce_prod reduce_sum reduce_window_sum rsqrt scan "
-    "scatter-add scatter-mul scatter_add scatter_mul select_and_gather_add "
-    "select_and_scatter_add sin sinh sqrt svd tan tanh triangular_solve while".split()
+    "acos acosh add add_any asin asinh atan atan2 atanh cbrt cholesky cond "
+    "conv_general_dilated cos cosh cumlogsumexp cumprod cumsum digamma div dot_general "
+    "eigh erf erf_inv erfc exp exp2 expm1 fft integer_pow lgamma log log1p logistic lu "
+    "mul pow qr reduce_prod reduce_sum reduce_window_sum rem rsqrt scan scatter-add "
+    "scatter-mul scatter_add scatter_mul select_and_gather_add select_and_scatter_add "
+    "sin sinh sqrt square sub svd tan tanh triangular_solve while".split()
 )
+# Programs that run twice: nearly all their time would go to the optimizer.
+HASTY = {
+    "xla_allow_excess_precision": False,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+Given = dict[tuple[int, int], list[Any]]
 
 
 class Wrong(AssertionError):
@@ -40,19 +49,17 @@ class Wrong(AssertionError):
 
 
 def run(
-    fused: stfuse.Fused,
-    requests: Mapping[str, Any],
-    *,
-    poison: bool = False,
-    params: Mapping[str, Any] | None = None,
+    fused: stfuse.Fused, requests: Mapping[str, Any], *, eager: bool = False
 ) -> dict[str, Any]:
-    """Evaluate one row of each request, checking every launch.
+    """Check every launch over one row of each request; then again, padding poisoned.
+
+    Poison fills all padding that is not surely zero with NaN, or the largest integer,
+    before each launch of unlike ops, in the bodies of loops too.
 
     Args:
         fused: whose plan to check.
         requests: inputs by name; their first row is used.
-        poison: whether all padding that may hold anything holds the worst.
-        params: parameters to use instead of the jobs' own.
+        eager: whether to evaluate op by op, which no compiler rewrites: slower.
 
     Returns:
         ``{name: outputs}``, one row each.
@@ -62,77 +69,100 @@ def run(
     """
     first = {n: _first_row(fused.jobs[n], x) for n, x in requests.items()}
     stacked = fused.stack(first)
-    bank = fused.pack(params)
-    counts = _step.slot_counts(fused._layout, stacked.slots)
-    outputs: list[Any] = [None] * len(fused._layout.outputs)
-    for component in fused._layout.components:
-        present = {s: counts[s] for s in component if s in counts}
-        if not present:
-            continue
-        part = _step._Part(fused.plan, fused._layout, present)
-        views = part.views(bank.stacks, stacked.slots)
-        env = part.env(part.traces, views)
-        part.enter(env, [jnp.asarray(stacked.inputs[i][:, 0]) for i in part.inputs])
-        check = _Check(env, _given(fused, first, stacked.slots, present, params or {}))
-        probe = Probe(poisoned if poison else lambda x: x, check.launched)
-        evaluate(env, fused.plan.nodes, How(1, fused.plan.cost, "auto", probe))
-        check.left()
-        for i, x in zip(part.outputs, part.leave(env), strict=True):
-            outputs[i] = np.asarray(x)[:, None]
-    return {
-        name: cut(outputs, places, 0, 0, rows, fused.jobs[name])
-        for name, places, rows in stacked.places
-    }
+    checks: list[_Check] = []
+
+    def step(stacks: Any, inputs: Any, given: Any, is_poisoned: Any) -> Any:
+        checks[:] = _checked(fused, stacks, stacked.slots, inputs, given, is_poisoned)
+        outputs: list[Any] = [None] * len(fused._layout.outputs)
+        for check in checks:
+            for i, x in zip(
+                check.part.outputs, check.part.leave(check.env), strict=True
+            ):
+                outputs[i] = x[:, None]
+        return outputs, [check.arrays for check in checks]
+
+    given = _given(fused, first, stacked.slots)
+    args = fused.pack().stacks, stacked.inputs, given
+    if not eager:
+        step = jax.jit(step).lower(*args, np.bool_(False)).compile(HASTY)
+    answers = []
+    for is_poisoned in (False, True):
+        outputs, columns = step(*args, np.bool_(is_poisoned))
+        for check, arrays in zip(checks, columns, strict=True):
+            host = list(map(np.asarray, arrays))
+            for record in check.records:
+                record.check(host, "padding poisoned: " * is_poisoned)
+        answers.append(_split(fused, stacked.places, outputs))
+    for name in requests:
+        pairs = zip(*(jax.tree.leaves(own[name]) for own in answers), strict=True)
+        for e, a in pairs:
+            same(np.asarray(a), np.asarray(e), f"padding changed an answer of {name}")
+    return answers[0]
 
 
 def _first_row(job: stfuse.Job, inputs: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(x)[:1], inputs) if job.batched else inputs
 
 
-def _given(
+def _split(fused: stfuse.Fused, places: Any, outputs: Sequence[Any]) -> dict[str, Any]:
+    host = [x if x is None else np.asarray(x) for x in outputs]
+    return {n: cut(host, own, 0, 0, rows, fused.jobs[n]) for n, own, rows in places}
+
+
+def _checked(
     fused: stfuse.Fused,
-    requests: Mapping[str, Any],
+    stacks: Any,
     slots: Sequence[Any],
-    counts: Mapping[int, int],
-    params: Mapping[str, Any],
-) -> dict[tuple[int, int], list[Any]]:
+    inputs: Sequence[Any],
+    given: Given,
+    is_poisoned: Any,
+) -> list["_Check"]:
+    """Evaluate each component of a plan under a check of its own."""
+    layout, plan = fused._layout, fused.plan
+    counts = _step.slot_counts(layout, slots)
+    checks = []
+    for component in layout.components:
+        present = {s: counts[s] for s in component if s in counts}
+        if present:
+            part = _step._Part(plan, layout, present)
+            env = part.env(part.traces, part.views(stacks, slots))
+            part.enter(env, [jnp.asarray(inputs[i])[:, 0] for i in part.inputs])
+            check = _Check(part, env, given)
+            probe = Probe(lambda x: poisoned(x, is_poisoned), check.launched)
+            evaluate(env, plan.nodes, How(1, plan.cost, "auto", probe))
+            check.finish()
+            checks.append(check)
+    return checks
+
+
+def _given(
+    fused: stfuse.Fused, requests: Mapping[str, Any], slots: Sequence[Any]
+) -> Given:
     """Return parameters and inputs per species and value, one a slot; no padding."""
     inside = {}
     for name, x in requests.items():
         checked = check_inputs(fused.jobs[name], x, call="lockstep")
         inside[fused._where[name][checked.length]] = [v[0] for v in checked.leaves]
     found = {}
-    for s, count in counts.items():
+    for s, count in _step.slot_counts(fused._layout, slots).items():
         one = fused.plan.species[s]
-        index = range(count) if slots[s] is None else slots[s]
-        programs = [fused._programs[one.members[slot]] for slot in index]
-        rows = [
-            [
-                *fused._leaves(name, length, params.get(name, fused.jobs[name].params)),
-                *inside[s, int(slot)],
-            ]
-            for slot, (name, length, _) in zip(index, programs, strict=True)
-        ]
-        for v, (column, spec) in enumerate(
-            zip(zip(*rows, strict=True), one.trace.specs, strict=True)
-        ):
-            found[s, v] = [_as(x, spec) for x in column]
+        rows = []
+        for slot in range(count) if slots[s] is None else slots[s]:
+            name, length, _ = fused._programs[one.members[slot]]
+            own = fused._leaves(name, length, fused.jobs[name].params)
+            rows.append([*own, *inside[s, int(slot)]])
+        for v, spec in enumerate(one.trace.specs):
+            found[s, v] = [_as(row[v], spec) for row in rows]
     return found
 
 
-def _as(x: Any, spec: jax.ShapeDtypeStruct) -> Any:
-    if jnp.issubdtype(spec.dtype, jax.dtypes.extended):
-        return x
-    return np.asarray(x, spec.dtype).reshape(spec.shape)
+def _as(x: Any, spec: Any) -> Any:
+    return x if is_opaque(spec) else np.asarray(x, spec.dtype).reshape(spec.shape)
 
 
-def is_traced(x: Stack) -> bool:
-    return isinstance(x.array, jax.core.Tracer)
-
-
-def is_opaque(x: Stack) -> bool:
-    """Whether a stack holds something that NumPy has no values for."""
-    return jnp.issubdtype(x.array.dtype, jax.dtypes.extended)
+def is_opaque(x: Any) -> bool:
+    """Return whether something holds what NumPy has no values for."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def poison_of(dtype: Any) -> Any:
@@ -142,11 +172,11 @@ def poison_of(dtype: Any) -> Any:
     return True if dtype == bool else np.iinfo(dtype).max
 
 
-def poisoned(x: Stack) -> Stack:
+def poisoned(x: Stack, is_poisoned: Any = True) -> Stack:
     """Return a stack whose padding is the worst, but for what is surely zero."""
     axes = range(len(x.shape))
     dirty = [a for a in axes if not x.is_zero_padded(a)]
-    if not dirty or is_opaque(x):
+    if not dirty or is_opaque(x.array):
         return x
     keep = np.ones((1, *(1 for _ in axes)), bool)
     for a in dirty:
@@ -156,16 +186,14 @@ def poisoned(x: Stack) -> Stack:
             keep = keep | ~_inside(x, a)
     is_stacked = x.is_stacked or len(keep) > 1
     array = _rules.to_stacked(x).array if is_stacked else x.array[None]
-    keep, worst = np.broadcast_to(keep, array.shape), poison_of(x.array.dtype)
-    if is_traced(x):
-        array = jnp.where(keep, array, jnp.asarray(worst, array.dtype))
-    else:
-        array = jnp.asarray(np.where(keep, array, np.asarray(worst, array.dtype)))
+    worst = jnp.asarray(poison_of(array.dtype), array.dtype)
+    array = jnp.where(keep | jnp.logical_not(is_poisoned), array, worst)
     array = array if is_stacked else array[0]
     return dataclasses.replace(x, array=array, is_stacked=is_stacked)
 
 
 def _inside(x: Stack, axis: int) -> np.ndarray:
+    """Return what is true data along an axis: bool ``[R or 1, 1, .., size, .., 1]``."""
     sizes = x.sizes[:, axis]
     sizes = sizes if (sizes != sizes[0]).any() else sizes[:1]
     shape = [1] * (1 + len(x.shape))
@@ -174,17 +202,54 @@ def _inside(x: Stack, axis: int) -> np.ndarray:
     return places < sizes.reshape(-1, *(1,) * len(x.shape))
 
 
-class _Check:
-    """What every species' values are, and who made them."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Record:
+    """Two arrays that must be equal, to the bit if no op is named."""
 
-    def __init__(self, env: Env, given: dict[tuple[int, int], list[Any]]) -> None:
-        self.env, self.values = env, given
-        self.makers: dict[tuple[int, int], tuple[int, Op]] = {
+    what: str
+    actual: int
+    expected: int
+    op: Op | None = None
+    own: tuple[int, ...] = ()
+
+    def check(self, arrays: Sequence[np.ndarray], when: str) -> None:
+        a, e = arrays[self.actual], arrays[self.expected]
+        what = f"{when}{self.what}"
+        if self.op is None:
+            same(a, e, what)
+        else:
+            close(a, e, self.op, [arrays[i] for i in self.own], what)
+
+
+class _Check:
+    """What every species' values are, one a slot, and what is to be compared."""
+
+    def __init__(self, part: _step._Part, env: Env, given: Given) -> None:
+        self.part, self.env, self.values = part, env, dict(given)
+        self.records: list[_Record] = []
+        self.arrays: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.makers = {
             (s, v): (i, op)
             for s, trace in env.programs.items()
             for i, op in enumerate(trace.ops)
             for v in op.outputs
         }
+
+    def number(self, x: Any) -> int:
+        """Return where an array stands among those that are compared."""
+        if id(x) not in self.numbers:
+            self.numbers[id(x)] = len(self.arrays)
+            self.arrays.append(x)
+        return self.numbers[id(x)]
+
+    def record(
+        self, what: str, a: Any, e: Any, op: Op | None = None, own: Sequence[Any] = ()
+    ) -> None:
+        values = [jax.random.key_data(x) if is_opaque(x) else x for x in (a, e, *own)]
+        actual, expected, *rest = map(self.number, values)
+        self.records.append(_Record(what, actual, expected, op, tuple(rest)))
+        self.numbers = {id(x): n for n, x in enumerate(self.arrays)}
 
     def launched(
         self,
@@ -193,136 +258,106 @@ class _Check:
         operands: Sequence[Stack],
         outs: Sequence[Stack],
     ) -> None:
-        """Check one launch: what it read, then what it made of that."""
-        if any(map(is_traced, (*operands, *outs))):
-            return  # inside a loop's body: its results are checked when they are read
+        """Note one launch: what it read, then what it made of that."""
+        s, i = members[0]
+        ops = self.env.programs[s].ops
+        if i >= len(ops) or ops[i] is not merge.ops[0]:
+            return  # inside a loop's body: its results are compared, at its end
         start = 0
         for (s, i), op, count in zip(members, merge.ops, merge.counts, strict=True):
             for k in range(count):
-                who = f"{op.name} (species {s}, op {i}, slot {k})"
-                own = [
-                    self.read(s, k, atom, _true(x, start + k), f"operand {p} of {who}")
-                    for p, (atom, x) in enumerate(zip(op.inputs, operands, strict=True))
-                ]
-                made = [_true(x, start + k) for x in outs]
-                for q, (a, e) in enumerate(
-                    zip(made, _alone(op, own), strict=True)
-                ):
-                    compare(a, e, op, own, f"output {q} of {who}; members {members}")
-                    self.values.setdefault((s, op.outputs[q]), []).append(a)
+                who = f"{_who(s, i, op)}, slot {k}, launched with {members}"
+                own = [self.own(s, k, atom) for atom in op.inputs]
+                for p, x in enumerate(operands):
+                    what = f"operand {p} of {who}"
+                    self.record(what, true_region(x, start + k), own[p])
+                made = [true_region(x, start + k) for x in outs]
+                self.made(s, op, own, made, who)
             start += count
         for q, x in enumerate(outs):
-            _check_clean(x, f"output {q} of {merge.wide.name} {members}")
+            for axis in range(len(x.shape)):
+                self.zero(x, axis, f"output {q} of {merge.wide.name} {members}")
 
-    def read(self, s: int, k: int, atom: Any, found: Any, what: str) -> Any:
-        """Return a job's own value, which a launch must have found."""
-        if isinstance(atom, Literal):
-            own = np.asarray(atom.value, atom.spec.dtype)
-        elif (s, atom) in self.values:
-            own = self.values[s, atom][k]
-        else:
-            i, op = self.makers[s, atom]
-            self._finish(s, op, f"{op.name} (species {s}, op {i}), read as {what}")
-            own = self.values[s, atom][k]
-        same(found, own, what)
-        return own
+    def made(
+        self, s: int, op: Op, own: Sequence[Any], made: Sequence[Any], who: str
+    ) -> None:
+        alone = op.bind_fn(*own)
+        for q, (a, e) in enumerate(zip(made, alone, strict=True)):
+            self.record(f"output {q} of {who}", a, e, op, own)
+            self.values.setdefault((s, op.outputs[q]), []).append(a)
 
-    def _finish(self, s: int, op: Op, what: str) -> None:
-        """Check a loop that several species shared, and keep what it made."""
-        columns = [
-            [self.read(s, k, a, self.known(s, k, a), what) for a in op.inputs]
-            for k in range(self.env.counts[s])
-        ]
-        for k, own in enumerate(columns):
-            for q, e in enumerate(_alone(op, own)):
-                a = self._held(s, k, op.outputs[q])
-                compare(a, e, op, own, f"output {q} of {what}, slot {k}")
-                self.values.setdefault((s, op.outputs[q]), []).append(a)
+    def zero(self, x: Stack, axis: int, what: str) -> None:
+        """Note that clean padding must be zero."""
+        if x.clean[axis] and not x.is_full(axis) and not is_opaque(x.array):
+            array = _rules.to_stacked(x).array
+            is_wrong = jnp.any((array != 0) & ~_inside(x, axis))
+            what = f"{what}: padding of axis {axis} is called zero, but is not"
+            self.record(what, is_wrong, np.zeros((), bool))
 
-    def known(self, s: int, k: int, atom: Any) -> Any:
+    def own(self, s: int, k: int, atom: Any) -> Any:
+        """Return one job's value."""
         if isinstance(atom, Literal):
             return np.asarray(atom.value, atom.spec.dtype)
-        return self.values[s, atom][k] if (s, atom) in self.values else self._held(
-            s, k, atom
-        )
+        if (s, atom) not in self.values:
+            self.shared_loop(s, *self.makers[s, atom])
+        return self.values[s, atom][k]
 
-    def _held(self, s: int, k: int, number: int) -> Any:
-        held = self.env.values[s, number]
-        i, op = self.makers[s, number]
-        spec = op.specs[op.outputs.index(number)]
-        array = np.asarray(held.array)
-        array = array[held.starts[s] + k] if held.is_stacked else array
-        return array[tuple(map(slice, spec.shape))]
+    def shared_loop(self, s: int, i: int, op: Op) -> None:
+        """Note what a loop that several species run made for one of them."""
+        for k in range(self.env.counts[s]):
+            own = [self.own(s, k, atom) for atom in op.inputs]
+            made = []
+            for v, spec in zip(op.outputs, op.specs, strict=True):
+                held = self.env.values[s, v]
+                x = held.array[held.starts[s] + k] if held.is_stacked else held.array
+                made.append(x[tuple(map(slice, spec.shape))])
+            self.made(s, op, own, made, f"{_who(s, i, op)}, slot {k}, a shared loop")
 
-    def left(self) -> None:
-        """Check the loops whose results only leave."""
+    def finish(self) -> None:
+        """Note the loops whose results nobody read."""
         for s, trace in self.env.programs.items():
             for atom in trace.outputs:
-                if not isinstance(atom, Literal) and (s, atom) not in self.values:
-                    i, op = self.makers[s, atom]
-                    self._finish(s, op, f"{op.name} (species {s}, op {i})")
+                self.own(s, 0, atom)
 
 
-def _alone(op: Op, own: Sequence[Any]) -> list[Any]:
-    outs = op.bind_fn(*own)
-    return [x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else np.asarray(x)
-            for x in outs]
+def _who(s: int, i: int, op: Op) -> str:
+    shapes = [x.shape for x in op.in_specs], [x.shape for x in op.specs]
+    return f"{op.name} {shapes[0]} to {shapes[1]} (species {s}, op {i})"
 
 
-def _true(x: Stack, row: int) -> Any:
+def true_region(x: Stack, row: int) -> Any:
     """Return one row's value without its padding."""
-    array = x.array if is_opaque(x) else np.asarray(x.array)
-    array = array[row] if x.is_stacked else array
-    return array[tuple(map(slice, x.sizes[row]))]
+    array = x.array[row] if x.is_stacked else x.array
+    return array[tuple(slice(0, int(n)) for n in x.sizes[row])]
 
 
-def _check_clean(x: Stack, what: str) -> None:
-    for axis in range(len(x.shape)):
-        if x.clean[axis] and not x.is_full(axis) and not is_opaque(x):
-            array = np.asarray(_rules.to_stacked(x).array)
-            outside = np.broadcast_to(~_inside(x, axis), array.shape)
-            if np.any(array[outside]):
-                raise Wrong(f"{what}: padding of axis {axis} is called zero, but is not")
-
-
-def same(actual: Any, expected: Any, what: str) -> None:
+def same(a: np.ndarray, e: np.ndarray, what: str) -> None:
     """Check for equal bits, any NaN like any other."""
-    if jnp.issubdtype(actual.dtype, jax.dtypes.extended):
-        actual, expected = map(jax.random.key_data, (actual, expected))
-    a, e = np.asarray(actual), np.asarray(expected)
     if (a.shape, a.dtype) != (e.shape, e.dtype):
         raise Wrong(f"{what}: found {a.dtype}{a.shape}, not {e.dtype}{e.shape}")
-    if not is_same(a, e):
+    if a.tobytes() == e.tobytes():
+        return
+    is_equal = a == e
+    if jnp.issubdtype(a.dtype, np.inexact):
+        is_equal &= np.signbit(a.real) == np.signbit(e.real)
+        is_equal |= np.isnan(a) & np.isnan(e)
+    if not is_equal.all():
         raise Wrong(f"{what}: found\n{a}\nnot\n{e}")
 
 
-def is_same(a: np.ndarray, e: np.ndarray) -> bool:
-    if a.tobytes() == e.tobytes():
-        return True
-    if not jnp.issubdtype(a.dtype, np.inexact):
-        return False
-    nan = np.isnan(a)
-    signs = (np.signbit(x.real) for x in (a, e))
-    is_equal = (a == e) & np.equal(*signs)
-    return bool(np.all(np.where(nan, np.isnan(e), is_equal)))
-
-
-def compare(actual: Any, expected: Any, op: Op, own: Sequence[Any], what: str) -> None:
-    """Check an output: equal bits, or a tolerance where the op rounds."""
-    shapes = f"{[x.shape for x in op.in_specs]} to {[x.shape for x in op.specs]}"
-    what = f"{what}; {shapes}, {op.params}"
-    if op.name not in ROUNDED or not jnp.issubdtype(expected.dtype, np.inexact):
-        return same(actual, expected, what)
-    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-        raise Wrong(f"{what}: found {actual.dtype}{actual.shape}")
-    terms = max(op.flops / max(op.specs[0].size, 1), 1)
-    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
-    eps = float(ml_dtypes.finfo(expected.dtype).eps)
-    a, e = actual.astype(wide), expected.astype(wide)
+def close(a: np.ndarray, e: np.ndarray, op: Op, own: Any, what: str) -> None:
+    """Check an output: equal bits, or within a tolerance where the op rounds."""
+    if op.name not in ROUNDED or not jnp.issubdtype(e.dtype, np.inexact):
+        return same(a, e, f"{what}, {op.params}")
+    if (a.shape, a.dtype) != (e.shape, e.dtype):
+        raise Wrong(f"{what}: found {a.dtype}{a.shape}, not {e.dtype}{e.shape}")
+    terms = max(op.flops / max(e.size, 1), 1)
+    wide = np.complex128 if np.iscomplexobj(e) else np.float64
+    eps = float(ml_dtypes.finfo(e.dtype).eps)
+    a, e = a.astype(wide), e.astype(wide)
     limit = 8 * eps * math.sqrt(terms) * max(map(_largest, (e, *own)))
-    is_close = np.isclose(a, e, rtol=0, atol=limit, equal_nan=True)
-    if not is_close.all():
-        raise Wrong(f"{what}: found\n{actual}\nnot\n{expected}")
+    if not np.isclose(a, e, rtol=0, atol=limit, equal_nan=True).all():
+        raise Wrong(f"{what}, {op.params}: found\n{a}\nnot\n{e}\nof {own}")
 
 
 def _largest(x: Any) -> float:

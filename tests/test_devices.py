@@ -42,7 +42,7 @@ for sub in (jobs, jobs[1:4]):
     for j, found in zip(sub, fused(bank, {j.name: ROWS for j in sub}).values()):
         same(found, j)
 bank = fused.swap(bank, "j3", jobs[0].params)
-assert bank.stacks[0][0].sharding == by_slot
+assert bank.stacks[0].sharding == by_slot
 same(fused(bank, {"j3": ROWS})["j3"], jobs[0])
 
 with stfuse.Engine(device=THIRD) as engine:

@@ -119,7 +119,7 @@ def test_poison_beside_a_shared_trunk_reaches_no_other_job():
     ]
     fused = stfuse.fuse(jobs, cost="cpu")
     bank = fused.pack()
-    assert bank.stacks[0][1].ndim == 2  # the trunk is kept once
+    assert bank.stacks[1].ndim == 2  # the trunk is kept once
     requests = {n: rng.normal(size=(2, 4)).astype("f") for n in "abc"}
     clean = fused(bank, requests)
     for value in POISON.values():

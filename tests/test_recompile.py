@@ -214,7 +214,7 @@ def test_jobs_and_fused_free_their_arrays_when_forgotten():
         fused(bank, requests)
         jax.grad(lambda b: fused(b, requests)["j0"].sum())(bank)
         bank = fused.swap(bank, "j1", jnp.zeros(5))
-        leaves = [held, *params, *bank.stacks[0]]
+        leaves = [held, *params, *bank.stacks]
         return fused, bank, [weakref.ref(leaf) for leaf in leaves]
 
     gc.collect()

@@ -11,8 +11,8 @@ from jax import lax
 from tests.merging import check, merged, share
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-SHAPES = [(3, 5, 4), (1, 1, 1), (3, 2, 11), (7, 5, 1)]
-quick = hypothesis.settings(max_examples=15, deadline=None, database=None)
+SHAPES = [(3, 5, 4), (1, 1, 1), (7, 2, 11)]
+quick = hypothesis.settings(max_examples=12, deadline=None, database=None)
 
 FLOATS = ("float32", "bfloat16", "float16")
 INTS = ("int32", "int8", "uint8", "uint32")
@@ -69,18 +69,25 @@ def tolerance(name, dtype):
     return {}
 
 
-@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
-@pytest.mark.parametrize("name", ["reduce_sum", "reduce_max", "argmin"])
+@pytest.mark.parametrize(
+    "name, axes",
+    [("reduce_sum", axes) for axes in ((0,), (1,), (2,), (0, 2), (0, 1, 2))]
+    + [
+        ("reduce_max", (2,)),
+        ("reduce_max", (0, 1)),
+        ("argmin", (0,)),
+        ("argmin", (2,)),
+    ],
+)
 def test_a_reduction_over_any_axes(name, axes):
-    if name == "argmin" and len(axes) > 1:
-        return
     check(name, of_all(reduced(name, axes)), **tolerance(name, "float32"))
 
 
 @pytest.mark.parametrize(
     "name, dtype",
     [(n, d) for n in ARITHMETIC for d in ("bfloat16", "int32", "complex64")]
-    + [(n, d) for n in ORDERED for d in ("bfloat16", "int32", "uint8", "int8")]
+    + [(n, d) for n in ORDERED for d in ("bfloat16", "int8")]
+    + [("reduce_max", "uint8"), ("argmin", "uint8"), ("argmax", "int32")]
     + [(n, d) for n in BITS for d in ("bool", "int8", "uint32")]
     + [("reduce_min", "float32"), ("reduce_prod", "float32"), ("argmax", "float16")],
 )
@@ -132,15 +139,14 @@ SCANS = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", SCANS)
 def test_a_scan_along_an_axis(name, reverse):
-    for axis in (1,) if name != "cumsum" else (0, 1, 2):
+    for axis in (0, 1, 2) if name == "cumsum" and reverse else (1,):
         fn = scanned(name, axis, reverse)
         check(name, of_all(fn), **tolerance(name, "float32"))
 
 
 @pytest.mark.parametrize("name", SCANS[:4])
-@pytest.mark.parametrize("dtype", ["int32", "uint8"])
-def test_a_scan_of_integers(name, dtype):
-    check(name, of_all(scanned(name, 1, True), dtype))
+def test_a_scan_of_integers(name):
+    check(name, of_all(scanned(name, 1, True), "uint8"))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def sorted_by(dimension, num_keys=1, is_stable=True):
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2])
-@pytest.mark.parametrize("shapes", [SHAPES, [(3, 5, 4), (2, 5, 9), (3, 5, 1)]])
+@pytest.mark.parametrize("shapes", [SHAPES, [(3, 5, 4), (2, 5, 9)]])
 def test_a_sort_along_any_axis(dimension, shapes):
     check("sort", of_all(sorted_by(dimension), shapes=shapes))
 
@@ -253,9 +259,6 @@ def test_the_largest_are_a_jobs_own_bits():
         np.testing.assert_array_equal(own, np.asarray(want).view(np.uint32))
         own = np.asarray(places.array)[row, : len(want)]
         np.testing.assert_array_equal(own, want_places)
-    np.testing.assert_array_equal(
-        own, np.argsort(members[-1][1][0].view("u4")) if 0 else want_places
-    )
 
 
 def test_as_many_of_the_largest_as_the_job_asks_for():
@@ -294,13 +297,14 @@ WINDOWS = {
     "same": ((1, 2, 2), (1, 2, 2), "SAME"),
     "past_the_end": ((1, 1, 1), (1, 1, 2), [(0, 0), (0, 2), (0, 1)]),
 }
-IMAGES = [(3, 5, 4), (1, 2, 2), (2, 3, 11), (3, 8, 4)]
+IMAGES = [(3, 5, 4), (1, 2, 2), (2, 8, 11)]
 
 
-@pytest.mark.parametrize("how", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("name", MONOIDS)
+@pytest.mark.parametrize(
+    "name, how", [(n, h) for n in ("sum", "max") for h in WINDOWS] + [("min", "same")]
+)
 def test_windows_over_any_sizes(name, how):
-    name, fn = f"reduce_window_{name}", windowed(name, *how)
+    name, fn = f"reduce_window_{name}", windowed(name, *WINDOWS[how])
     check(name, of_all(fn, shapes=IMAGES), **tolerance(name, "float32"))
 
 
@@ -326,28 +330,21 @@ def test_windows_with_holes(name):
     check(name, of_all(fn, shapes=shapes), **tolerance(name, "float32"))
 
 
-@pytest.mark.parametrize("how", [*WINDOWS.values()][:3], ids=[*WINDOWS][:3])
-@pytest.mark.parametrize("name", ["max", "min"])
+@pytest.mark.parametrize(
+    "name, how",
+    [("max", "plain"), ("max", "overlapping"), ("max", "same"), ("min", "overlapping")],
+)
 def test_the_derivative_of_a_pool(name, how):
-    pool = windowed(name, *how)
+    pool = windowed(name, *WINDOWS[how])
 
     def backward(g, x):
         return jax.vjp(pool, x)[1](g)
 
     members = []
-    for seed, shape in enumerate([*IMAGES, *IMAGES]):
-        x = (wild if seed % 2 else drawn)(shape, seed=seed)
+    for seed, shape in enumerate([*IMAGES, IMAGES[0]]):
+        x = (drawn if seed % 2 else wild)(shape, seed=seed)
         members.append((backward, (drawn(jax.eval_shape(pool, x).shape), x)))
     check("select_and_scatter_add", members, **CLOSE)
-
-
-@pytest.mark.parametrize("how", [*WINDOWS.values()][:3], ids=[*WINDOWS][:3])
-def test_the_forward_derivative_of_a_pool(how):
-    def forward(t, x):
-        return jax.jvp(windowed("max", *how), (x,), (t,))[1]
-
-    members = [(forward, (drawn(s), wild(s, seed=3))) for s in IMAGES]
-    check("select_and_gather_add", members, **CLOSE)
 
 
 def test_windows_share_by_how_they_slide():
@@ -365,26 +362,26 @@ def test_windows_share_by_how_they_slide():
     assert not share("reduce_window", [(product, (x,)), (product, (x[:, :5],))])
 
 
+SIZE = st.sampled_from((1, 2, 5, 11))  # few, so that what was compiled serves again
+
+
 @quick
 @hypothesis.given(data=st.data())
 def test_any_reduction(data):
-    name = data.draw(st.sampled_from(("reduce_sum", *ORDERED)))
-    axis = data.draw(st.integers(0, 1))
-    size = st.integers(1, 12)
-    shapes = [(data.draw(size), data.draw(size)) for _ in range(3)]
-    members = [(reduced(name, (axis,)), (wild(s),)) for s in shapes]
+    name = data.draw(st.sampled_from(("reduce_sum", "reduce_min", "argmax")))
+    shapes = [(data.draw(SIZE), data.draw(SIZE)) for _ in range(3)]
+    members = [(reduced(name, (1,)), (wild(s, seed=i),)) for i, s in enumerate(shapes)]
     check(name, members, **tolerance(name, "float32"))
 
 
 @quick
 @hypothesis.given(data=st.data())
 def test_any_order(data):
-    size, axis = st.integers(1, 12), data.draw(st.integers(0, 1))
-    dtype = data.draw(st.sampled_from(("float32", "bfloat16", "int8")))
-    members = []
-    for seed in range(3):
-        x = wild((data.draw(size), data.draw(size)), dtype, seed)
-        k = data.draw(st.integers(1, x.shape[axis]))
-        members.append((top(k, axis), (x,)))
-    check("top_k", members)
-    check("sort", [(sorted_by(axis), args) for _, args in members])
+    dtype = data.draw(st.sampled_from(("float32", "bfloat16")))
+    xs = [wild((data.draw(SIZE), data.draw(SIZE)), dtype, i) for i in range(3)]
+    is_sort, is_short = data.draw(st.booleans()), data.draw(st.booleans())
+    if is_sort:
+        check("sort", [(sorted_by(1), (x,)) for x in xs])
+    else:
+        ks = [(x.shape[1] + 1) // 2 if is_short else x.shape[1] for x in xs]
+        check("top_k", [(top(k), (x,)) for x, k in zip(xs, ks, strict=True)])

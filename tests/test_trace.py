@@ -9,9 +9,10 @@ import pytest
 from jax import lax
 
 import stfuse
-from stfuse import _trace
+from stfuse import _align, _trace
 from stfuse._cost import RECORDS
-from stfuse._step import evaluate
+from stfuse._evaluate import How, evaluate
+from stfuse._values import Env, Held, assemble
 from tests import cases, functions
 from tests.cases import BY_NAME, CASES, alone, assert_same
 
@@ -172,6 +173,18 @@ def test_heavy_ops_are_launches_and_their_work_is_counted():
     assert not any(op.is_heavy for op in traced.ops if op.name == "tanh")
 
 
+def evaluated(program, rows, params, operands):
+    """Evaluate a program of one slot: params have no slot axis, operands have one."""
+    env, cost = Env({0: program}, {0: 1}), RECORDS["cpu"]
+    for v, x in enumerate((*params, *operands)):
+        is_stacked = v >= len(params)
+        env.values[0, v] = Held(x, is_stacked, (False,) * (x.ndim - is_stacked), {0: 0})
+    nodes = _align.schedule({0: program}, cost, [1])
+    evaluate(env, nodes, How(rows, cost, "native"))
+    outs = zip(program.outputs, program.out_specs, strict=True)
+    return [assemble(env, [(0, atom)], [spec]).array for atom, spec in outs]
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv", "closed_over"])
 def test_the_derivatives_trace_gives_the_derivative(name):
     case, rows = BY_NAME[name], 2
@@ -194,7 +207,6 @@ def test_the_derivatives_trace_gives_the_derivative(name):
     ]
     (expected,) = jax.jit(lambda p, g: jax.vjp(answers, p)[1](g))(own, cotangents)
     operands = [np.asarray(v)[None] for v in (*jax.tree.leaves(x), *cotangents)]
-    size = {"num_slots": 1, "rows": rows, "cost": RECORDS["cpu"], "lowering": "native"}
-    grads = jax.jit(functools.partial(evaluate, backward, **size))(params, operands)
+    grads = jax.jit(functools.partial(evaluated, backward, rows))(params, operands)
     actual = [np.asarray(g[0]) for g in grads[: len(expected)]]
     assert_same(actual, list(map(np.asarray, expected)), case)

@@ -194,24 +194,18 @@ def _sortable(array: Any) -> Any:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
 
 
-# Which operand windows slide over, and which value (operand, or ~output) has one place
-# per window.
-_SLID = {
-    "reduce_window_max": (0, ~0),
-    "reduce_window_min": (0, ~0),
-    "reduce_window_sum": (0, ~0),
-    "select_and_gather_add": (1, ~0),
-    "select_and_scatter_add": (1, 0),
-}
+# A max pool's derivative, of ``(cotangents, what the windows slid over)``. Its forward
+# twin, select_and_gather_add, has no rule: it skips what lies outside, where a masked
+# value takes the place of a NaN that came before it.
+_BACKWARD = "select_and_scatter_add"
 _SELECTS = {"ge": lowest, "le": highest}
 
 
 def _window_fill(op: Op) -> Callable[[Any], Any] | None:
     """Return what wins or adds nothing in no window; None if unknown."""
-    select = op.params.get("select_prim")
-    if select is None:
-        return _NEUTRAL[op.name] if _has_neutral(op) else None
-    return _SELECTS.get(select.name)
+    if op.name == _BACKWARD:
+        return _SELECTS.get(op.params["select_prim"].name)
+    return _NEUTRAL[op.name] if _has_neutral(op) else None
 
 
 def _window_form(op: Op) -> Hashable | None:
@@ -226,13 +220,13 @@ def _window_form(op: Op) -> Hashable | None:
 
 def _window_params(ops: Sequence[Op], ins: Any, outs: Any) -> dict[str, Any]:
     p = ops[0].params
-    slid, places = _SLID[ops[0].name]
     ones = (1,) * len(p["window_dimensions"])
     lows = [low for low, _ in p["padding"]]
+    places, slid = ins if ops[0].name == _BACKWARD else (outs[0], ins[0])
     highs = high_pads(
-        ins[slid],
+        slid,
         p["window_dimensions"],
-        outs[~places] if places < 0 else ins[places],
+        places,
         p["window_strides"],
         lows,
         p.get("base_dilation", ones),
@@ -252,17 +246,17 @@ def _slid_axes(op: Op) -> set[int]:
 
 def _windowed(rule: Rule, merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
     axes = sorted(set().union(*map(_slid_axes, merge.ops)))
-    slid, _ = _SLID[merge.wide.name]
     fill_fn = _window_fill(merge.wide) or _zero
-    fill = fill_fn(merge.wide.in_specs[slid].dtype)
-    fills = [fill if i == slid else 0 for i in range(len(operands))]
-    return merge.bind([mask(x, axes, f) for x, f in zip(operands, fills, strict=True)])
+    *cotangents, x = operands
+    x = mask(x, axes, fill_fn(merge.wide.in_specs[-1].dtype))
+    return merge.bind([*(mask(g, axes) for g in cotangents), x])
 
 
 _REDUCTIONS = (
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum "
     "reduce_xor"
 ).split()
+_WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum", _BACKWARD)
 _SCANS = "cumlogsumexp cummax cummin cumprod cumsum".split()
 
 RULES: dict[str, Rule] = {
@@ -270,7 +264,7 @@ RULES: dict[str, Rule] = {
     **{name: Rule(form=_form, fills=_scan_fills) for name in _SCANS},
     **{
         name: Rule(form=_window_form, params=_window_params, apply=_windowed)
-        for name in _SLID
+        for name in _WINDOWS
     },
     "sort": Rule(form=_plain_params, clean=_sort_clean, apply=_sort),
     "top_k": Rule(

@@ -28,6 +28,7 @@ from stfuse._rules._base import (
     mask,
     to_stacked,
 )
+from stfuse._rules._moves import refold, span, take
 
 
 def _ints(values: Iterable[Any]) -> tuple[int, ...]:
@@ -93,6 +94,23 @@ def _reshape_form(op: Op) -> Hashable | None:
         "same" if len(a) == len(b) == 1 else (side(ins, a), side(outs, b))
         for a, b in factor_groups(ins, outs)
     )
+
+
+def _loose_form(op: Op) -> Hashable | None:
+    """Return the runs: members of unlike runs take their elements by index."""
+    if _reshape_form(op) is None:
+        return None
+    groups = factor_groups(op.in_specs[0].shape, op.specs[0].shape)
+    return tuple((len(a), len(b)) for a, b in groups)
+
+
+def _reshape(rule: Rule, merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
+    """Reshape as one if every member's runs are alike, else by index."""
+    if len({_reshape_form(op) for op in merge.ops}) == 1:
+        return mapped(rule, merge, operands)
+    op = merge.ops[0]
+    groups = factor_groups(op.in_specs[0].shape, op.specs[0].shape)
+    return [merge.output(0, *refold(merge, operands[0], groups))]
 
 
 def _reshape_clean(op: Op, operands: Sequence[Stack]) -> Sequence[Axes]:
@@ -192,7 +210,22 @@ def _concatenate_clean(op: Op, operands: Sequence[Stack]) -> Sequence[Axes]:
 
 
 def _split_form(op: Op) -> Hashable:
-    return int(op.params["axis"]), _ints(op.params["sizes"][:-1])
+    return int(op.params["axis"]), len(op.params["sizes"])
+
+
+def _split(rule: Rule, merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
+    """Split as one if all pieces begin at one place, else by index."""
+    all_sizes = [_ints(op.params["sizes"]) for op in merge.ops]
+    if len({sizes[:-1] for sizes in all_sizes}) == 1:
+        return mapped(rule, merge, operands)
+    (x,), axis = operands, merge.wide.params["axis"]
+    found = []
+    for i, spec in enumerate(merge.wide.specs):
+        starts = [sum(sizes[:i]) for sizes in all_sizes]
+        counts = [sizes[i] for sizes in all_sizes]
+        index = span(merge, starts, counts, 1, spec.shape[axis])
+        found.append(merge.output(i, *take(x.array, x.is_stacked, axis, index)))
+    return found
 
 
 def _split_params(ops: Sequence[Op], ins: Any, outs: Any) -> dict[str, Any]:
@@ -204,8 +237,8 @@ def _strides(op: Op) -> tuple[int, ...]:
     return _ints(op.params["strides"] or (1,) * len(op.in_specs[0].shape))
 
 
-def _slice_form(op: Op) -> Hashable:
-    return _ints(op.params["start_indices"]), _strides(op)
+def _slice_form(op: Op) -> Hashable | None:
+    return _strides(op) if op.specs[0].size else None
 
 
 def _slice_params(ops: Sequence[Op], ins: Any, outs: Any) -> dict[str, Any]:
@@ -219,6 +252,8 @@ def _slice_params(ops: Sequence[Op], ins: Any, outs: Any) -> dict[str, Any]:
 
 def _slice(rule: Rule, merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
     """Take the longest slice; where a shorter one ends early, true data follows."""
+    if len({_ints(op.params["start_indices"]) for op in merge.ops}) > 1:
+        return _slice_by_index(merge, operands[0])
     (x,), (y,) = operands, merge.bind(operands)
     starts, strides = merge.wide.params["start_indices"], _strides(merge.wide)
 
@@ -233,6 +268,23 @@ def _slice(rule: Rule, merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
         if x.is_zero_padded(a) and all(is_clean(op, a) for op in merge.ops)
     ]
     return [merge.output(0, y.array, y.is_stacked, clean)]
+
+
+def _slice_by_index(merge: Merge, x: Stack) -> list[Stack]:
+    """Take slices that begin at other places in every member."""
+    array, is_stacked = x.array, x.is_stacked
+    for axis, size in enumerate(merge.wide.specs[0].shape):
+        step = _strides(merge.wide)[axis]
+        starts = [op.params["start_indices"][axis] for op in merge.ops]
+        counts = [op.specs[0].shape[axis] for op in merge.ops]
+        index = span(merge, starts, counts, step, size)
+        if len(set(starts)) == 1:
+            stop = starts[0] + (size - 1) * step + 1
+            at = axis + is_stacked
+            array = lax.slice_in_dim(array, starts[0], stop, step, at)
+        else:
+            array, is_stacked = take(array, is_stacked, axis, index)
+    return [merge.output(0, array, is_stacked)]
 
 
 # Pad
@@ -310,10 +362,17 @@ RULES: dict[str, Rule] = {
         params=_shape_params,
     ),
     "pad": Rule(form=_pad_form, params=_pad_params, apply=_pad),
-    "reshape": Rule(form=_reshape_form, params=_reshape_params, clean=_reshape_clean),
+    "reshape": Rule(
+        form=_loose_form,
+        params=_reshape_params,
+        clean=_reshape_clean,
+        apply=_reshape,
+    ),
     "rev": Rule(form=_rev_form, clean=_same_clean),
     "slice": Rule(form=_slice_form, params=_slice_params, apply=_slice),
-    "split": Rule(form=_split_form, params=_split_params, clean=_same_clean),
+    "split": Rule(
+        form=_split_form, params=_split_params, clean=_same_clean, apply=_split
+    ),
     "squeeze": Rule(
         form=lambda op: _ints(op.params["dimensions"]), clean=_squeeze_clean
     ),
