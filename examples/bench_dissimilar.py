@@ -162,7 +162,7 @@ def print_mix(name: str, record: Mapping[str, Any]) -> None:
         us = medians(record, way)
         best = min(RIVALS, key=us.__getitem__)
         ratios.append(f"{us[best] / us['fused']:.2f} {way} ({best})")
-    difference = f"largest difference {record['difference']:.1e}"
+    difference = f"difference {record['difference']:.1e}"
     print(f"    {difference}; best rival / fused: {', '.join(ratios)}", flush=True)
 
 
@@ -194,17 +194,17 @@ def main(_: list[str]) -> None:
         raise app.UsageError(f"--mixes: no {unknown}; there are {', '.join(known)}")
     kind = jax.devices()[0].device_kind
     print(f"{kind}, jax {jax.__version__}, {dtype}, {_SCALE.value}")
+    header = {"device": kind, "jax": jax.__version__, "dtype": dtype}
     records = {}
     for name in _MIXES.value or known:
         records[name] = measure(known[name], scale, jnp.dtype(dtype))
         print_mix(name, records[name])
+        if _SAVE.value:  # each time: what was measured stays if the next mix fails
+            saved = json.dumps({**header, "scale": _SCALE.value, "mixes": records})
+            pathlib.Path(_SAVE.value).write_text(saved)
     times = f"rivals' time over fused, {_CALLS.value} calls a round"
     print_table("latency", f"latency: every call is waited for; {times}", records)
     print_table("pipelined", f"pipelined: calls in flight; {times}", records)
-    if _SAVE.value:
-        header = {"device": kind, "jax": jax.__version__, "dtype": dtype}
-        saved = json.dumps({**header, "scale": _SCALE.value, "mixes": records})
-        pathlib.Path(_SAVE.value).write_text(saved)
     limit = TOLERANCE[dtype]
     wrong = [name for name, r in records.items() if not r["difference"] <= limit]
     if wrong:

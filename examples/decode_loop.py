@@ -1,7 +1,7 @@
 """Let decoders of different width and depth write in one loop, wholly on the device.
 
-A step of a decoder takes its cache and last token to the new ones: outputs have the form
-of inputs, so that the fused step can be the body of a ``lax.scan``. The host starts the
+A step of a decoder takes its cache and last token to the new ones: outputs have the
+form of inputs, so the fused step can be the body of a ``lax.scan``. The host starts the
 loop once, and reads all the tokens at its end; they must be those that each decoder
 writes in a loop of its own.
 """

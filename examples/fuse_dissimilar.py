@@ -4,9 +4,9 @@ Two perceptrons of other width and depth and a convolutional network: the plan s
 which launches they share, at what padding, and why others are of one job alone.
 """
 
-import functools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,8 +45,8 @@ def main(_: list[str]) -> None:
     inputs = {name: rng.random((2, 8, 8), np.float32) for name in MODELS}
     jobs = []
     for seed, (name, (model, config)) in enumerate(MODELS.items()):
-        params = model.init(config, jax.random.key(seed))
-        apply_fn = functools.partial(model.apply, config)
+        params = jax.jit(partial(model.init, config))(jax.random.key(seed))
+        apply_fn = partial(model.apply, config)
         jobs.append(stfuse.Job(name, apply_fn, params, inputs[name]))
 
     fused = stfuse.fuse(jobs, cost=_COST.value)

@@ -32,6 +32,7 @@ class Draft:
         cost_s: predicted time.
         deps: launches that it reads.
         reads: per operand what its first member reads there.
+        is_fixed: whether only parameters go into it.
         turns: of a scan, how often its body runs.
         body: of a scan, the launches of its body.
     """
@@ -48,6 +49,7 @@ class Draft:
     cost_s: float
     deps: set[Draft]
     reads: tuple[Any, ...]
+    is_fixed: bool = False
     turns: int = 1
     body: list[Draft] | None = None
 
@@ -103,7 +105,11 @@ class Terms:
 
 
 def singles(
-    s: int, trace: Trace, tags: dict[int, Hashable], terms: Terms
+    s: int,
+    trace: Trace,
+    tags: dict[int, Hashable],
+    terms: Terms,
+    num_fixed: int | None = None,
 ) -> list[Draft]:
     """Return a species' ops as launches of their own.
 
@@ -112,7 +118,10 @@ def singles(
         trace: its program.
         tags: marks of values that all slots share, by value; extended here.
         terms: what the planner goes by.
+        num_fixed: how many of its first values are parameters, or a loop's constants.
     """
+    num_fixed = trace.num_params if num_fixed is None else num_fixed
+    made_fixed: set[int] = set()
     made_by: dict[int, tuple[Draft, int]] = {}
     names = [op.name for op in trace.ops]
     drafts = []
@@ -124,6 +133,10 @@ def singles(
                 tag = (op.key, _literals(op), shared, k)
                 tags[number] = terms.number(("tag", tag))
         body = _body(s, op, tags, terms)
+        fixed = [a < num_fixed or a in made_fixed for a in atoms]
+        is_fixed = bool(atoms) and all(fixed) and not op.is_heavy
+        if is_fixed:
+            made_fixed.update(op.outputs)
         reads = tuple(
             ("literal",)
             if isinstance(a, Literal)
@@ -144,6 +157,7 @@ def singles(
             cost_s=terms.cost.seconds(_flops(op) * rows, op.num_bytes * rows),
             deps={made_by[a][0] for a in atoms if a in made_by},
             reads=reads,
+            is_fixed=is_fixed,
         )
         if body is not None:
             draft.body, draft.turns = body, op.params["length"]
@@ -164,7 +178,7 @@ def _body(
     own = [None if isinstance(a, Literal) else tags.get(a) for a in op.inputs]
     held = {inner.num_params + q: own[q] for q in range(scan_parts(op)[0])}
     shared = {v: tag for v, tag in held.items() if tag is not None}
-    return singles(s, inner, shared, terms)
+    return singles(s, inner, shared, terms, inner.num_params + len(held))
 
 
 def copied(drafts: Iterable[Draft]) -> list[Draft]:

@@ -99,15 +99,7 @@ def build(name: str, members: Sequence[Member], device: Device, *, cost: Cost) -
     )
     first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
     layout = lay_out(plan, bank_of, [capacities[s] for s in first])
-    here: dict[int, Any] = {}  # by identity, which `pack` asks for
-
-    def placed(leaf: Any) -> Any:
-        """Bring an array that may live on another device to this one."""
-        if isinstance(leaf, jax.Array) and id(leaf) not in here:
-            here[id(leaf)] = device.put(leaf)
-        return here.get(id(leaf), leaf)
-
-    own = [[tuple(map(placed, leaves)) for leaves in columns[s]] for s in first]
+    own = _brought([columns[s] for s in first], device)
     places: dict[str, list[tuple[int, int]]] = {m.job.name: [] for m in members}
     where = {
         i: (s, k) for s, one in enumerate(species) for k, i in enumerate(one.members)
@@ -123,6 +115,18 @@ def build(name: str, members: Sequence[Member], device: Device, *, cost: Cost) -
         places={job: tuple(each) for job, each in places.items()},
         generations={m.job.name: m.generation for m in members},
     )
+
+
+def _brought(columns: Sequence[Sequence[_bank.Leaves]], device: Device) -> list[Any]:
+    """Bring arrays that may live on other devices to this one."""
+    here: dict[int, Any] = {}  # by identity, which `pack` asks for
+
+    def placed(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and id(leaf) not in here:
+            here[id(leaf)] = device.put(leaf)
+        return here.get(id(leaf), leaf)
+
+    return [[tuple(map(placed, leaves)) for leaves in column] for column in columns]
 
 
 def join(lane: Lane, member: Member) -> bool:

@@ -13,3 +13,13 @@ hypothesis.settings.register_profile(
     "slow", derandomize=False, deadline=None, max_examples=400
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    text = "draw 400 examples where the normal suite draws 25, at random"
+    parser.addoption("--slow", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    if config.getoption("--slow"):
+        hypothesis.settings.load_profile("slow")

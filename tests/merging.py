@@ -43,26 +43,43 @@ def poison_of(dtype: Any) -> Any:
     """Return the worst value that padding can hold."""
     if jnp.issubdtype(dtype, np.inexact):
         return np.nan
-    if dtype == bool:
+    if np.issubdtype(dtype, np.bool_):
         return True
     return np.iinfo(dtype).max
 
 
 def stack_of(op: Op, i: int, members: Sequence[Any], fill: Any) -> Stack:
-    """Return operand ``i`` of a wide op: the members' values, padded with ``fill``."""
-    spec = op.in_specs[i]
-    rows = [pad_to(x, spec.shape, fill) for x in members]
+    """Return operand ``i`` of a wide op: the members' values, padded with ``fill``.
+
+    Zero is clean; "even" and "odd" are zero along those axes, else the worst.
+    """
+    shape, dtype = op.in_specs[i].shape, op.in_specs[i].dtype
+    clean = tuple(
+        a % 2 == ["even", "odd"].index(fill) if isinstance(fill, str) else fill == 0
+        for a in range(len(shape))
+    )
+    worst = poison_of(dtype) if isinstance(fill, str) else fill
+    rows = [pad_to(x, shape, worst) for x in members]
+    for row, x in zip(rows, members, strict=True):
+        for a in range(len(shape)) if isinstance(fill, str) else ():
+            if clean[a]:
+                row[(slice(None),) * a + (slice(np.shape(x)[a], None),)] = 0
     sizes = np.array([np.shape(x) for x in members], int).reshape(len(rows), -1)
-    is_clean = fill == 0
-    array = jnp.asarray(np.stack(rows))
-    return Stack(array, True, sizes, (is_clean,) * len(spec.shape))
+    return Stack(jnp.asarray(np.stack(rows)), True, sizes, clean)
 
 
-def merged(name: str, members: Sequence[Member], fill: Any) -> tuple[list, list]:
+def merged(
+    name: str,
+    members: Sequence[Member],
+    fill: Any,
+    shared: Sequence[int] = (),
+    is_compiled: bool = False,
+) -> tuple[list, list]:
     """Return each member's outputs alone, and the stacks of the merged launch.
 
     A member's operands are the args that its function passes to the primitive, in
-    order; literals of the traced op are taken from there.
+    order; literals of the traced op are taken from there. ``shared`` operands, equal in
+    all members, have no row axis.
     """
     ops = [op_of(name, fn, args) for fn, args in members]
     forms = {_rules.form(op) for op in ops}
@@ -86,26 +103,29 @@ def merged(name: str, members: Sequence[Member], fill: Any) -> tuple[list, list]
         )
         for i, spec in enumerate(wide.in_specs)
     ]
+    for i in shared:
+        operands[i] = replace(operands[i], array=operands[i].array[0], is_stacked=False)
     alone = [op.bind_fn(*own) for op, own in zip(ops, values, strict=True)]
     merge = Merge(tuple(ops), (1,) * len(ops), wide, compute)
-    return alone, launched(merge, operands)
+    held = []
 
+    def run(*arrays: Any) -> list[Any]:
+        ins = [replace(x, array=a) for x, a in zip(operands, arrays, strict=True)]
+        held[:] = _rules.launch(merge, ins)
+        return [x.array for x in held]
 
-def launched(merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
-    """Launch in one compiled step, as an engine does."""
-    outs: list[Stack] = []
-
-    def step(arrays: Sequence[Any]) -> list[Any]:
-        rows = [replace(x, array=a) for x, a in zip(operands, arrays, strict=True)]
-        outs[:] = _rules.launch(merge, rows)
-        return [y.array for y in outs]
-
-    arrays = jax.jit(step)([x.array for x in operands])
-    return [replace(y, array=a) for y, a in zip(outs, arrays, strict=True)]
+    outs = (jax.jit(run) if is_compiled else run)(*(x.array for x in operands))
+    return alone, [replace(x, array=y) for x, y in zip(held, outs, strict=True)]
 
 
 def check(
-    name: str, members: Sequence[Member], rtol: float = 0.0, atol: float = 0.0
+    name: str,
+    members: Sequence[Member],
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    fills: Sequence[Any] = (None, 0),
+    shared: Sequence[int] = (),
+    is_compiled: bool = False,
 ) -> None:
     """Check one merged launch against its members alone.
 
@@ -118,9 +138,12 @@ def check(
             argument to the primitive as it is.
         rtol: relative tolerance.
         atol: absolute tolerance.
+        fills: what padding holds, see `stack_of`; None is the worst everywhere.
+        shared: operands that are equal in all members, to be given without a row axis.
+        is_compiled: whether to compile the launch as one: faster, if it is many ops.
     """
-    for fill in (None, 0):
-        alone, stacks = merged(name, members, fill)
+    for fill in fills:
+        alone, stacks = merged(name, members, fill, shared, is_compiled)
         for i, stack in enumerate(stacks):
             array = np.asarray(_rules.to_stacked(stack).array)
             for row, outs in enumerate(alone):
@@ -128,9 +151,8 @@ def check(
                 own = array[(row, *map(slice, want.shape))]
                 assert own.dtype == want.dtype and own.shape == want.shape
                 assert tuple(stack.sizes[row]) == want.shape
-                if jnp.issubdtype(own.dtype, np.floating):
-                    # Exact, and NumPy knows its NaN.
-                    own, want = (np.asarray(x, np.float64) for x in (own, want))
+                if want.dtype.kind == "V":  # NumPy sees no NaN in a bfloat16
+                    own, want = own.astype("f"), want.astype("f")
                 if rtol or atol:
                     np.testing.assert_allclose(own, want, rtol=rtol, atol=atol)
                 else:
@@ -139,6 +161,54 @@ def check(
                     if is_clean:
                         rest = (slice(None),) * axis + (slice(want.shape[axis], None),)
                         assert not array[row][rest].any(), f"axis {axis} is not zero"
+
+
+def poisoned(x: Stack) -> Stack:
+    """Return a stack with the worst values in all padding that is not clean."""
+    if not x.shape:
+        return x
+    array = np.array(_rules.to_stacked(x).array)
+    for row, sizes in zip(array, x.sizes, strict=True):
+        places = np.indices(row.shape, sparse=True)
+        ends = [p >= n for p, n in zip(places, sizes, strict=True)]
+        bad, zero = np.zeros(row.shape, bool), np.zeros(row.shape, bool)
+        for end, is_clean in zip(ends, x.clean, strict=True):
+            bad, zero = bad | end, zero | (end & is_clean)
+        row[bad & ~zero] = poison_of(row.dtype)
+    return replace(x, array=jnp.asarray(array), is_stacked=True)
+
+
+def check_program(fn: Callable[..., Any], members: Sequence[Sequence[Any]]) -> None:
+    """Check a function whose every op is one launch, poisoned before each."""
+    jobs = [
+        stfuse.Job("job", lambda p, x: fn(*x), (), xs, batched=False) for xs in members
+    ]
+    traces = [_trace.trace(job) for job in jobs]
+    env: dict[int, Stack] = {}
+
+    def read(atoms: Sequence[int | Literal]) -> Stack:
+        if not isinstance(atoms[0], Literal):
+            return poisoned(env[atoms[0]])
+        values = jnp.stack([jnp.asarray(a.value, a.spec.dtype) for a in atoms])
+        return Stack(values, True, np.zeros((len(atoms), 0), int), ())
+
+    for i, xs in enumerate(zip(*members, strict=True)):
+        sizes = np.array([x.shape for x in xs]).reshape(len(xs), -1)
+        wide = sizes.max(0)
+        rows = [pad_to(x, wide, 0) for x in xs]
+        env[i] = Stack(np.stack(rows), True, sizes, (False,) * len(wide))
+    for ops in zip(*(t.ops for t in traces), strict=True):
+        assert len({_rules.form(op) for op in ops}) == 1, ops[0].name
+        merge = Merge(tuple(ops), (1,) * len(ops), _rules.widen(ops), compute)
+        operands = [
+            read(column) for column in zip(*(op.inputs for op in ops), strict=True)
+        ]
+        outs = _rules.launch(merge, operands)
+        env.update(zip(ops[0].outputs, outs, strict=True))
+    stack = poisoned(env[traces[0].outputs[0]])
+    for row, xs in zip(np.asarray(stack.array), members, strict=True):
+        want = np.asarray(fn(*map(jnp.asarray, xs)))
+        np.testing.assert_array_equal(row[tuple(map(slice, want.shape))], want)
 
 
 def share(name: str, members: Sequence[Member]) -> bool:

@@ -272,8 +272,8 @@ def conv(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
         x,
         w,
         (stride,) * num_space,
-        [(reach, 0)] * num_space if is_small else padding[b // 8 % 4],
-        (base,) * num_space if b // 8 % 4 else None,
+        [(reach, 0)] * num_space if is_small or base > 1 else padding[b // 8 % 4],
+        (base,) * num_space,
         (dilation,) * num_space,
         dimension_numbers=(("NHC", "HIO", "NHC"), ("NHWC", "HWIO", "NHWC"))[a % 2],
         feature_group_count=groups,
@@ -282,11 +282,12 @@ def conv(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
 
 
 def reduction(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
+    kind = a % 10
+    x = body.sure(x) if kind >= 5 else x
     x = ranked(x, max(x.ndim, 1))
     axis, keep = b % x.ndim, bool(b // 4 % 2)
     axis = None if b % 7 == 6 else axis
     terms = x.size if axis is None else x.shape[axis]
-    kind = a % 10
     if kind == 0:
         return body.tame(x.sum(axis, keepdims=keep), terms)
     if kind == 1:
@@ -298,9 +299,7 @@ def reduction(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     if kind in (3, 4):
         return (jnp.max, jnp.min)[kind - 3](x, axis, keepdims=keep)
     if kind == 9:  # whole powers of two
-        x = body.sure(x)
         return jnp.sign(jnp.prod(jnp.clip(x, -1, 2), axis, keepdims=keep))
-    x = body.sure(x)
     if kind in (5, 6):
         return (jnp.argmax, jnp.argmin)[kind - 5](x, axis, keepdims=keep)
     return (jnp.any, jnp.all)[kind - 7](x > 0, axis, keepdims=keep)
@@ -324,6 +323,7 @@ def norm(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
 
 
 def cumulative(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
+    x = body.sure(x) if a % 5 == 3 else x
     x = ranked(x, max(x.ndim, 1))
     axis, reverse = b % x.ndim, bool(b // 4 % 2)
     if a % 5 == 0:
@@ -331,7 +331,7 @@ def cumulative(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     if a % 5 < 3:
         return (lax.cummax, lax.cummin)[a % 5 - 1](x, axis, reverse)
     if a % 5 == 3:
-        x = jnp.clip(body.sure(x), -1, 2)
+        x = jnp.clip(x, -1, 2)
         return jnp.sign(lax.cumprod(x, axis, reverse))
     x = floating(x)
     body.rounds(x.shape[axis])

@@ -49,7 +49,7 @@ class Batch:
         members: per job its model; jobs of one model have other weights.
         cost: the device to plan for.
         max_waste: as `stfuse.fuse` takes it.
-        rows: per job the rows that it sends.
+        rows: per job the rows that it sends; 0 if the call does not name it.
     """
 
     programs: tuple[Program, ...]
@@ -152,19 +152,27 @@ def fused_of(batch: Batch) -> stfuse.Fused:
 
 
 def requests_of(batch: Batch, rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return what the jobs that a call names send."""
     return {
         str(i): inputs_of(batch.programs[p], i, n)
         for i, (p, n) in enumerate(zip(batch.members, rows or batch.rows, strict=False))
+        if n
     }
 
 
-def case_of(program: Program) -> Case:
-    """Return how closely a program's answers must match; see `cases.assert_same`."""
+def program_of(batch: Batch, name: str) -> Program:
+    return batch.programs[batch.members[int(name)]]
+
+
+def case_of(program: Program, longer: int = 0) -> Case:
+    """Return how closely a program's answers must match; see `cases.assert_same`.
+
+    A derivative's sums are longer.
+    """
     body = outline(program)
     dtype = ml_dtypes.bfloat16 if body.coarse else np.float32
-    return Case(
-        repr(program), lambda seed: (), lambda rng, rows: None, 16 * body.terms, dtype
-    )
+    length = 16 * body.terms + longer
+    return Case(repr(program), lambda seed: (), lambda rng, rows: None, length, dtype)
 
 
 _forms = st.integers(0, 31)
@@ -174,7 +182,7 @@ _sizes = st.sampled_from(SIZES)
 @st.composite
 def programs(draw: Any, names: tuple[str, ...], max_steps: int) -> tuple[Program, ...]:
     """Draw a few programs: one skeleton at several sizes, or several skeletons."""
-    num_programs = draw(st.integers(1, 4))
+    num_programs = draw(st.sampled_from((2, 3, 2, 3, 4, 1)))
     skeletons: list[list[tuple[str, int, int]]] = []
     step = st.tuples(st.sampled_from(names), _forms, _forms)
     skeleton = st.lists(step, min_size=1, max_size=max_steps)
@@ -205,14 +213,17 @@ def programs(draw: Any, names: tuple[str, ...], max_steps: int) -> tuple[Program
 def batches(
     draw: Any, names: tuple[str, ...] = tuple(ALL), max_steps: int = 5
 ) -> Batch:
-    """Draw jobs to fuse."""
+    """Draw jobs to fuse; half of the calls may leave some out."""
     models = draw(programs(names, max_steps))
-    extra = draw(st.lists(st.integers(0, len(models) - 1), max_size=2))
-    members = (*range(len(models)), *extra)
+    again = draw(st.lists(st.integers(0, len(models) - 1), max_size=2))
+    members = (*range(len(models)), *again)
+    members = members if len(members) > 1 else (0, 0)
+    least = draw(st.integers(0, 1))
+    rows = [draw(st.integers(least, 3)) for _ in members]
     return Batch(
         models,
-        members if len(members) > 1 else (0, 0),
+        members,
         draw(st.sampled_from(("h200", "h200", "h200", "cpu"))),
         draw(st.sampled_from((None, None, None, 0.0, 0.5))),
-        tuple(draw(st.integers(1, 3)) for _ in members) or (1,),
+        tuple(rows) if any(rows) else (1, *rows[1:]),
     )

@@ -1,5 +1,7 @@
 """Plans of jobs whose plans can be written down by hand."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 
 import stfuse
 from stfuse import _align, _trace
-from stfuse._plan import Launch, Plan
 from stfuse._cost import RECORDS
+from stfuse._plan import Launch, Plan
 from tests import cases
 from tests.cases import CASES
 
@@ -27,11 +29,12 @@ def job(name, *widths):
     return stfuse.Job(name, dense, params, np.ones((1, widths[0]), "f"))
 
 
-def align(jobs):
-    return _align.align([j.name for j in jobs], [_trace.trace(j) for j in jobs], CPU)
+def align(jobs, cost=CPU, **options):
+    names, traces = [j.name for j in jobs], [_trace.trace(j) for j in jobs]
+    return _align.align(names, traces, cost, **options)
 
 
-def dot(jobs, rows, contracted, columns):
+def dot(jobs, rows, contracted, columns, why_solo=""):
     """Return the launch of one dense layer of some jobs, at one row."""
     num_values = rows * contracted + contracted * columns + rows * columns
     return Launch(
@@ -41,6 +44,7 @@ def dot(jobs, rows, contracted, columns):
         waste=0.0,
         flops=2.0 * rows * contracted * columns * len(jobs),
         num_bytes=4.0 * num_values * len(jobs),
+        why_solo=why_solo,
     )
 
 
@@ -54,9 +58,32 @@ def test_equal_jobs_share_every_launch():
 
 
 def test_members_of_a_kind_find_each_other_among_others():
-    plan = align([job("a", 4, 2), job("b", 4, 3, 2), job("c", 4, 2)])
+    plan = align([job("a", 4, 2), job("b", 4, 3, 2), job("c", 4, 2)], max_waste=0)
     assert [one.members for one in plan.species] == [(0, 2), (1,)]
     assert dot("ac", 1, 4, 2) in plan.launches
+    assert (plan.num_launches, plan.num_launches_alone, plan.num_solo) == (3, 4, 2)
+
+
+def test_unlike_jobs_share_the_launches_that_cost_less_together():
+    jobs = [job("a", 4, 2), job("b", 4, 8, 2), job("c", 4, 2)]
+    plan = align(jobs)
+    assert [one.members for one in plan.species] == [(0, 2), (1,)]
+    last = Launch(
+        primitive="dot_general",
+        jobs=("a", "b", "c"),
+        shape=(1, 2),
+        waste=3 * 8 / (4 + 8 + 4) - 1,
+        flops=3 * 2.0 * 8 * 2,
+        num_bytes=3 * 4.0 * (8 + 8 * 2 + 2),
+    )
+    assert plan.launches == (dot("b", 1, 4, 8, "no partner is left"), last)
+    assert (plan.num_launches, plan.num_launches_alone, plan.num_solo) == (2, 4, 1)
+    free = dataclasses.replace(CPU, launch_s=1e-12)
+    assert align(jobs, free).launches == (
+        dot("ac", 1, 4, 2),
+        dot("b", 1, 4, 8, "cheaper apart"),
+        dot("b", 1, 8, 2, "cheaper apart"),
+    )
 
 
 def test_a_lone_job_has_no_solo_launches():
@@ -66,7 +93,7 @@ def test_a_lone_job_has_no_solo_launches():
 
 def test_launches_that_serve_one_job_of_several_are_solo():
     plan = align([job("a", 4, 2), stfuse.Job("b", jnp.multiply, 2.0, np.ones((1, 3)))])
-    assert plan.launches == (dot("a", 1, 4, 2),)
+    assert plan.launches == (dot("a", 1, 4, 2, "no other job has one"),)
     assert plan.num_solo == 1
 
 

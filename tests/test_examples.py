@@ -1,25 +1,37 @@
 """Every example runs at its smallest size; the README's code runs as it is printed."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALLEST = {
+    "bench_dissimilar": [
+        "--scale=small",
+        "--mixes=mlp_depths,mlp_wide_narrow",
+        "--calls=1",
+        "--rounds=1",
+    ],
     "bench_lowering": ["--smoke", "--jobs=2", "--repeats=1"],
+    "decode_loop": ["--smoke", "--repeats=1"],
+    "fuse_dissimilar": ["--calls=2"],
     "models_equal": ["--smoke", "--jobs=2", "--only=MLP,GRU-512", "--dtypes=float32"],
+    "plan_picture": ["--networks=tiny,tiny-deep", "--side=32"],
     "quickstart": [],
     "serve_tenants": ["--smoke"],
+    "shared_trunk": ["--smoke", "--calls=2"],
     "text_tenants": ["--smoke"],
     "vision_tenants": ["--smoke"],
 }
 # Not run by name: they are imported by an example that is.
-PARTS = {"__init__", "digits_tenants", "load"}
+PARTS = {"__init__", "digits_tenants", "load", "mixes"}
 
 
 def run(*arguments, **options):
@@ -49,6 +61,56 @@ def test_the_benchmark_of_lowerings_prints_its_table():
     result = run("-m", "examples.bench_lowering", *SMALLEST["bench_lowering"])
     assert result.returncode == 0, result.stderr
     assert "patches" in result.stdout
+
+
+def test_the_benchmark_of_unlike_jobs_checks_prints_and_saves(tmp_path):
+    saved = tmp_path / "times.json"
+    arguments = (*SMALLEST["bench_dissimilar"], f"--save={saved}")
+    result = run("-m", "examples.bench_dissimilar", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("latency: ", "pipelined: ", "own jits", "unrolled", "species"):
+        assert word in result.stdout
+    mixes = json.loads(saved.read_text())["mixes"]
+    assert set(mixes) == {"mlp_depths", "mlp_wide_narrow"}
+    assert set(mixes["mlp_depths"]["times_us"]["latency"]) >= {"fused", "own jits"}
+
+
+def test_every_mix_can_be_made_at_both_sizes():
+    from examples import mixes
+
+    for scale in mixes.SCALES.values():
+        made = mixes.make_mixes(scale, np.float32)
+        assert len(made) >= 10
+        assert all(len(mix.members) > 1 for mix in made.values())
+
+
+def test_decoders_write_in_one_loop_what_they_write_alone():
+    result = run("-m", "examples.decode_loop", *SMALLEST["decode_loop"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(" same ") == 2
+
+
+def test_unlike_models_are_fused_and_swapped():
+    result = run("-m", "examples.fuse_dissimilar", *SMALLEST["fuse_dissimilar"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("3 jobs of 3 species", "new weights for 'cnn'", "one fused step"):
+        assert word in result.stdout
+
+
+def test_a_plan_is_drawn(tmp_path):
+    picture = tmp_path / "plan.png"
+    arguments = (*SMALLEST["plan_picture"], f"--save={picture}")
+    result = run("-m", "examples.plan_picture", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "18 heavy launches alone, 11 fused" in result.stdout
+    assert picture.stat().st_size > 10_000
+
+
+def test_unlike_heads_share_their_trunk():
+    result = run("-m", "examples.shared_trunk", *SMALLEST["shared_trunk"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("serve all 6 tenants", "6 copies", "its model's own"):
+        assert word in result.stdout
 
 
 def test_models_are_equal_fused_and_alone():

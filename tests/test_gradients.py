@@ -183,6 +183,34 @@ def test_a_leaf_that_jobs_share_gets_the_sum_of_their_gradients():
         )
 
 
+@pytest.mark.parametrize(
+    "widen",
+    [
+        lambda w, n: jnp.broadcast_to(w, (n, 3)).sum(0),
+        lambda w, n: jax.nn.softmax(w * jnp.arange(1.0, n + 1)[:, None], 0)[0],
+        lambda w, n: jnp.broadcast_to(w, (n, 3)).T @ jnp.outer(jnp.arange(n), w)[:, 0],
+        lambda w, n: jax.lax.scan(
+            lambda c, r: (c + jnp.tanh(r), None), w, jnp.broadcast_to(w, (n, 3))
+        )[0],
+    ],
+    ids=["sum", "softmax", "dot", "scan"],
+)
+def test_unlike_jobs_that_hold_one_array_pad_what_they_make_of_it_alone(widen):
+    w, x = np.arange(1, 4, dtype="f"), np.ones((2, 3), "f")
+    jobs = [
+        stfuse.Job(f"j{n}", lambda p, x, n=n: x * widen(p, n), w, x) for n in (2, 5)
+    ]
+    fused = stfuse.fuse(jobs, cost="h200")
+    bank = fused.pack()
+    assert {leaf.shape for leaf in bank.stacks} == {(3,)}  # no slots
+    requests = dict.fromkeys(fused.jobs, x)
+    grads = jax.grad(lambda b: sum(y.sum() for y in fused(b, requests).values()))(bank)
+    own = [own_gradient(one, x, [np.ones((2, 3), "f")])[0] for one in jobs]
+    for name, y in fused(bank, requests).items():
+        np.testing.assert_allclose(y, alone(fused.jobs[name], x), rtol=1e-5)
+    np.testing.assert_allclose(sum(grads.stacks), sum(own), rtol=1e-5, atol=1e-6)
+
+
 def test_integer_params_have_no_gradient_and_disturb_none():
     rng = np.random.default_rng(0)
     params = [{"n": np.int32(i), "w": rng.normal(size=3).astype("f")} for i in (2, 3)]

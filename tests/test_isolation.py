@@ -104,27 +104,30 @@ def test_a_jobs_own_poison_comes_out_where_it_would_alone(case, value):
     )
 
 
-def test_poison_beside_a_shared_trunk_reaches_no_other_job():
+@pytest.mark.parametrize("widths", [(3, 3, 3), (3, 5, 3)], ids=["equal", "unlike"])
+def test_poison_beside_a_shared_trunk_reaches_no_other_job(widths):
     rng = np.random.default_rng(0)
     trunk = rng.normal(size=(4, 3)).astype("f")
-    heads = rng.normal(size=(3, 3)).astype("f")
     jobs = [
         stfuse.Job(
             name,
-            lambda p, x: jnp.tanh(x @ p["trunk"]) * p["head"],
-            {"trunk": trunk, "head": head},
+            lambda p, x: jnp.tanh(x @ p["trunk"]) @ p["head"],
+            {"trunk": trunk, "head": rng.normal(size=(3, width)).astype("f")},
             np.ones((1, 4), "f"),
         )
-        for name, head in zip("abc", heads, strict=True)
+        for name, width in zip("abc", widths, strict=True)
     ]
-    fused = stfuse.fuse(jobs, cost="cpu")
+    fused = stfuse.fuse(jobs, cost="h200")
     bank = fused.pack()
-    assert bank.stacks[1].ndim == 2  # the trunk is kept once
+    assert fused.plan.num_launches == 2  # shared by all, whatever the widths
+    # The trunk is kept once.
+    assert sorted(x.shape for x in bank.stacks) == [(3, 3, max(widths)), (4, 3)]
     requests = {n: rng.normal(size=(2, 4)).astype("f") for n in "abc"}
     clean = fused(bank, requests)
     for value in POISON.values():
-        bad = {**requests, "b": poisoned(requests["b"], value)}
-        assert_bitwise(others(fused(bank, bad), "b"), others(clean, "b"))
+        for sick in "ab":
+            bad = {**requests, sick: poisoned(requests[sick], value)}
+            assert_bitwise(others(fused(bank, bad), sick), others(clean, sick))
 
 
 @over_row_cases

@@ -1,6 +1,9 @@
 """Lanes: what stands in a slot, a staging buffer, an answer, and nothing else."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +18,11 @@ from stfuse._types import Bucket, Chunk
 from stfuse.testing import affine_job
 
 DEVICE = JaxDevice()
+CPU, H200 = RECORDS["cpu"], RECORDS["h200"]  # the latter merges whatever it may
+
+
+def build(*jobs, name="all", cost=CPU):
+    return _lane.build(name, list(map(member, jobs)), DEVICE, cost=cost)
 
 
 def member(job, generation=0):
@@ -36,31 +44,46 @@ def network(name, seed, width=4):
 
 def run(lane, bucket, requests):
     """Serve ``{tenant: inputs}`` in one step; return ``{tenant: outputs}``."""
+    cost = lane.plan.cost
     chunks = [Chunk(name, (i,), len(x)) for i, (name, x) in enumerate(requests.items())]
     leaves_of = {i: [x] for i, x in enumerate(requests.values())}
     if bucket not in lane.steps:
-        lane.steps[bucket] = _lane.compile_bucket(
-            lane, bucket, DEVICE, cost=RECORDS["cpu"]
-        )
+        lane.steps[bucket] = _lane.compile_bucket(lane, bucket, DEVICE, cost=cost)
     slots, buffers, placed = _lane.stage(lane, bucket, chunks, leaves_of)
     launched = DEVICE.launch(lane.steps[bucket], lane.bank.stacks, slots, buffers)
     outputs = DEVICE.read(launched)
     _lane.release(lane, bucket, slots, buffers)
     return {
-        chunk.tenant: cut(outputs[s], k, 0, chunk.rows, JOBS[chunk.tenant])
+        chunk.tenant: cut(
+            outputs,
+            _lane.cut_places(lane, bucket, s),
+            k,
+            0,
+            chunk.rows,
+            JOBS[chunk.tenant],
+        )
         for chunk, (s, k) in zip(chunks, placed, strict=True)
     }
 
 
 JOBS = {
     job.name: job
-    for job in [network(f"n{i}", i) for i in range(6)] + [affine_job("a", width=2)]
+    for job in [
+        *(network(f"n{i}", i) for i in range(6)),
+        *(network(f"w{i}", 10 + i, width=7) for i in range(4)),
+        affine_job("a", width=2),
+    ]
 }
+SMALL = [f"n{i}" for i in range(6)]
+
+
+def jobs(*names):
+    return [JOBS[name] for name in names]
 
 
 @pytest.fixture(scope="module")
 def lane():
-    return _lane.build("all", [member(job) for job in JOBS.values()], DEVICE)
+    return build(*jobs(*SMALL, "a"))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +94,7 @@ def test_an_answer_depends_on_nothing_but_the_tenant_and_the_bucket(lane, bucket
     x = rng.normal(size=(1, 4)).astype(np.float32)
     seen = set()
     for _ in range(50):
-        others = rng.permutation([n for n in JOBS if n not in ("n3", "a")])
+        others = rng.permutation([n for n in SMALL if n != "n3"])
         names = list(others[: rng.integers(0, bucket.slots[0])])
         names.insert(rng.integers(0, len(names) + 1), "n3")
         junk = [np.nan, np.inf, 3e38, 1.0, 0.0]
@@ -86,7 +109,7 @@ def test_an_answer_depends_on_nothing_but_the_tenant_and_the_bucket(lane, bucket
 
 
 def test_nothing_of_an_earlier_request_stays_in_a_buffer():
-    lane = _lane.build("all", [member(JOBS[n]) for n in ("n0", "n1")], DEVICE)
+    lane = build(*jobs("n0", "n1"))
     bucket = Bucket((2,), 4)
     canary = np.full((4, 4), 777.0, np.float32)
     run(lane, bucket, {"n0": canary, "n1": canary})
@@ -98,17 +121,17 @@ def test_nothing_of_an_earlier_request_stays_in_a_buffer():
 
 
 def test_several_requests_of_one_tenant_share_a_slot_in_order():
-    lane = _lane.build("all", [member(affine_job("a"))], DEVICE)
+    lane = build(affine_job("a"))
     bucket = Bucket((1,), 4)
     leaves_of = {7: [np.full((2, 3), 1, "f")], 9: [np.full((1, 3), 2, "f")]}
     chunk = Chunk("a", (7, 9), 3)
     _, buffers, placed = _lane.stage(lane, bucket, [chunk], leaves_of)
     assert placed == [(0, 0)]
-    assert buffers[0][0][0, :, 0].tolist() == [1, 1, 2, 0]
+    assert buffers[0][0, :, 0].tolist() == [1, 1, 2, 0]
 
 
 def test_a_job_joins_leaves_and_swaps_without_touching_its_neighbors():
-    lane = _lane.build("all", [member(JOBS[f"n{i}"]) for i in range(3)], DEVICE)
+    lane = build(*jobs("n0", "n1", "n2"))
     bucket = Bucket((2,), 1)
     x = np.ones((1, 4), np.float32)
     before = run(lane, bucket, {"n0": x, "n2": x})
@@ -126,24 +149,169 @@ def test_a_job_joins_leaves_and_swaps_without_touching_its_neighbors():
 
 def test_a_write_that_would_end_a_sharing_is_refused():
     weights = np.arange(9, dtype=np.float32).reshape(3, 3)
-    jobs = [
+    pair = [
         stfuse.Job(n, lambda p, x: x @ p, weights, np.ones((1, 3), "f")) for n in "xy"
     ]
-    lane = _lane.build("all", [member(job) for job in jobs], DEVICE)
-    assert lane.bank.stacks[0][0].shape == (3, 3)
-    other = stfuse.Job("x", jobs[0].apply_fn, weights + 1, np.ones((1, 3), "f"))
+    lane = build(*pair)
+    assert lane.bank.stacks[0].shape == (3, 3)
+    other = stfuse.Job("x", pair[0].apply_fn, weights + 1, np.ones((1, 3), "f"))
     assert not _lane.write(lane, member(other, 1))
     assert lane.generations["x"] == 0
 
 
 def test_compiled_steps_are_shared_by_lanes_of_one_shape():
     bucket = Bucket((2,), 1)
-    lanes = [
-        _lane.build(n, [member(network(f"{n}{i}", i, 7)) for i in range(2)], DEVICE)
-        for n in "pq"
-    ]
-    steps = [
-        _lane.compile_bucket(lane, bucket, DEVICE, cost=RECORDS["cpu"])
-        for lane in lanes
-    ]
+    lanes = [build(*(network(f"{n}{i}", i, 7) for i in range(2)), name=n) for n in "pq"]
+    steps = [_lane.compile_bucket(lane, bucket, DEVICE, cost=CPU) for lane in lanes]
     assert steps[0] is steps[1]
+
+
+# Two species of unlike widths whose every launch is merged.
+UNLIKE = ("n0", "w0", "n1", "w1", "n2")
+
+
+@pytest.fixture
+def merged():
+    lane = build(*jobs(*UNLIKE), cost=H200)
+    assert lane.capacities == (4, 2)
+    assert all(len(launch.jobs) == 5 for launch in lane.plan.launches)
+    assert [x.shape for x in lane.bank.stacks] == [(6, 7, 7), (6, 7, 7)]
+    return lane
+
+
+def requests_for(*names, rows=1, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(size=(rows, 4 if name < "w" else 7)).astype(np.float32)
+        for name in names
+    }
+
+
+def assert_alone(answers, requests):
+    for name, x in requests.items():
+        alone = JOBS[name].apply_fn(JOBS[name].params, x)
+        assert answers[name].shape == alone.shape
+        np.testing.assert_allclose(answers[name], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "slots, names",
+    [
+        ((4, 2), UNLIKE),
+        ((4, 2), ("w1", "n2")),
+        ((2, 2), ("n2", "w0", "n0", "w1")),
+        ((4, 1), ("w1", "n1")),
+        ((2, 1), ("w1", "n2", "n0")),
+        ((1, 0), ("n1",)),
+        ((4, 0), ("n2", "n1")),
+        ((0, 1), ("w1",)),
+        ((0, 2), ("w1", "w0")),
+    ],
+    ids=lambda x: "+".join(map(str, x)),
+)
+def test_unlike_species_answer_as_alone_in_shared_launches(merged, slots, names):
+    for rows in (1, 2):
+        requests = requests_for(*names, rows=rows)
+        assert_alone(run(merged, Bucket(slots, 2), requests), requests)
+
+
+@pytest.mark.parametrize("bucket", [Bucket((4, 2), 2), Bucket((2, 1), 2)], ids=str)
+@pytest.mark.parametrize("name", ["n1", "w0"])
+def test_an_answer_depends_on_nothing_of_the_other_species(merged, bucket, name):
+    rng = np.random.default_rng(0)
+    x, seen = requests_for(name)[name], set()
+    rest = [n for n in UNLIKE if n != name]
+    for _ in range(20):
+        requests = {name: x}
+        for other in rng.permutation(rest)[: rng.integers(0, len(rest) + 1)]:
+            width, rows = (4 if other < "w" else 7), rng.integers(1, 3)
+            junk = rng.choice([np.nan, np.inf, 3e38, 1.0, 0.0])
+            requests[str(other)] = np.full((rows, width), junk, np.float32)
+            for s, k in enumerate(bucket.slots):
+                of = [n for n in requests if merged.places[n][0][0] == s]
+                if len(of) > k:
+                    del requests[str(other)]
+        seen.add(run(merged, bucket, requests)[name].tobytes())
+    assert len(seen) == 1
+
+
+def test_a_buffer_of_unlike_species_is_zero_wherever_no_request_is(merged):
+    bucket = Bucket((4, 2), 2)
+    full = {n: np.full_like(x, 777) for n, x in requests_for(*UNLIKE, rows=2).items()}
+    run(merged, bucket, full)
+    ones = {n: np.ones_like(x) for n, x in requests_for("n2", "w1").items()}
+    run(merged, bucket, ones)
+    ((_, buffers),) = merged.buffers[bucket]
+    (buffer,) = buffers
+    assert buffer.shape == (6, 2, 7)
+    expected = np.zeros_like(buffer)
+    expected[2, 0, :4] = expected[5, 0, :] = 1
+    np.testing.assert_array_equal(buffer, expected)
+
+
+def test_jobs_of_unlike_species_join_leave_and_swap_beside_each_other(merged):
+    bucket = Bucket((4, 2), 1)
+    kept = requests_for("n0", "w0", "n2")
+    before = run(merged, bucket, kept)
+
+    def assert_kept():
+        after = run(merged, bucket, kept)
+        for name in kept:
+            np.testing.assert_array_equal(before[name], after[name])
+
+    def assert_served(name):
+        asked = requests_for(name, *kept)
+        assert_alone(run(merged, bucket, asked), asked)
+        assert_kept()
+
+    assert not _lane.join(merged, member(JOBS["w2"])), "its species is full"
+    assert not _lane.join(merged, member(JOBS["a"])), "another program"
+    assert _lane.join(merged, member(JOBS["n3"]))
+    assert_served("n3")
+    _lane.leave(merged, "w1")
+    _lane.leave(merged, "n1")
+    assert_kept()
+    assert _lane.join(merged, member(JOBS["w2"]))
+    assert merged.places["w2"] == ((1, 1),)
+    assert_served("w2")
+    for name, other in {"w2": "w3", "n3": "n5"}.items():  # new weights, old name
+        new = dataclasses.replace(member(JOBS[other], 1), job=JOBS[name])
+        assert _lane.write(merged, new) and merged.generations[name] == 1
+        x = requests_for(name)[name]
+        answer = run(merged, bucket, {name: x})[name]
+        assert_alone({other: answer}, {other: x})
+        assert_kept()
+    stacks = [np.array(x) for x in merged.bank.stacks]
+    for stack in stacks:  # four slots of width 4, then two of width 7
+        assert not stack[:4, 4:].any() and not stack[:4, :, 4:].any()
+
+
+def trunk_job(name, trunk, width, seed):
+    """Return a job of a trunk that others have too, and a head of its own width."""
+    head = np.random.default_rng(seed).normal(size=(3, width)).astype(np.float32)
+    return stfuse.Job(
+        name,
+        lambda p, x: jnp.tanh(x @ p["trunk"]) @ p["head"],
+        {"trunk": trunk, "head": head},
+        np.zeros((1, 4), np.float32),
+    )
+
+
+def test_unlike_species_keep_a_trunk_once_and_no_write_may_end_that():
+    trunk = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    widths = {"a": 2, "b": 5, "c": 2, "d": 5}
+    own = {n: trunk_job(n, trunk, w, i) for i, (n, w) in enumerate(widths.items())}
+    lane = build(*own.values(), cost=H200)
+    assert sorted(x.shape for x in lane.bank.stacks) == [(4, 3), (4, 3, 5)]
+    assert [len(launch.jobs) for launch in lane.plan.launches] == [4, 4]
+    before = [np.array(x) for x in lane.bank.stacks]
+    for name, width in widths.items():
+        assert not _lane.write(lane, member(trunk_job(name, trunk + 1, width, 9), 1))
+        assert lane.generations[name] == 0
+    for old, new in zip(before, lane.bank.stacks, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert _lane.write(lane, member(trunk_job("d", trunk.copy(), 5, 9), 1))
+    _lane.leave(lane, "a")
+    assert not _lane.join(lane, member(trunk_job("e", trunk + 1, 2, 9)))
+    assert "e" not in lane.places
+    assert _lane.join(lane, member(trunk_job("e", trunk.copy(), 2, 9)))

@@ -7,13 +7,16 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "stfuse"
 # In import order: a file imports only files above it.
 ORDER = (
     "_errors _types _tree _lengths _job _inputs _fingerprint _program _trace _cost "
-    "_rules _plan _draft _align _lower _values _evaluate _layout _bank _step _stacked _cache "
-    "_fuse _metrics _scheduler _device _lane _flight _server _builder _engine __init__ "
-    "testing"
+    "_rules _plan _draft _merge _align _lower _values _evaluate _layout _bank _step "
+    "_stacked _cache _fuse _metrics _scheduler _device _lane _flight _server _builder "
+    "_engine __init__ testing"
 ).split()
+# One entry may be a folder: its files, in their own order.
+RULES = "_base _moves _contract _elementwise _index _reduce _shape __init__".split()
 SOURCES = sorted(
     path
     for room in ("stfuse", "models", "examples")
@@ -34,15 +37,46 @@ def imports(path):
     return found
 
 
-def own_imports(stem):
-    """Return the files of the package that one of them imports."""
-    found = imports(ROOT / "stfuse" / f"{stem}.py")
-    parts = {name.removeprefix("stfuse.").split(".")[0] for name in found}
-    return parts & set(ORDER)
+def files_of(entry):
+    """Return the files of an entry of the order: one, or a folder's."""
+    folder = PACKAGE / entry
+    return (
+        sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{entry}.py"]
+    )
+
+
+def imported_from(path, package, names):
+    """Return which files of a package a file imports."""
+    prefix = f"{package}."
+    found = {n.removeprefix(prefix) for n in imports(path) if n.startswith(prefix)}
+    return {name.split(".")[0] for name in found} & set(names)
+
+
+def own_imports(entry):
+    """Return the entries of the package that one of them imports."""
+    found = set()
+    for path in files_of(entry):
+        found |= imported_from(path, "stfuse", ORDER)
+    return found - {entry} if (PACKAGE / entry).is_dir() else found
+
+
+def entries(folder):
+    """Return the files of a folder, and the folders that have files."""
+    folders = {path.parent.name for path in folder.glob("*/*.py")}
+    return sorted({path.stem for path in folder.glob("*.py")} | folders)
 
 
 def test_every_file_of_the_package_has_its_place_in_the_order():
-    assert sorted(ORDER) == sorted(p.stem for p in (ROOT / "stfuse").glob("*.py"))
+    assert sorted(ORDER) == entries(PACKAGE)
+    assert sorted(RULES) == entries(PACKAGE / "_rules")
+
+
+@pytest.mark.parametrize("stem", RULES)
+def test_a_rule_imports_only_rules_above_it(stem):
+    path = PACKAGE / "_rules" / f"{stem}.py"
+    found = imported_from(path, "stfuse._rules", RULES)
+    above = set(RULES[: RULES.index(stem)])
+    assert found <= above, f"{stem} imports {found - above}"
 
 
 @pytest.mark.parametrize("stem", ORDER)
@@ -53,8 +87,7 @@ def test_a_file_imports_only_files_above_it(stem):
 
 @pytest.mark.parametrize("stem", JAX_FREE)
 def test_the_scheduler_and_what_it_rests_on_know_no_jax(stem):
-    found = imports(ROOT / "stfuse" / f"{stem}.py")
-    assert not {name.split(".")[0] for name in found} & {
+    assert not {name.split(".")[0] for name in imports(PACKAGE / f"{stem}.py")} & {
         "jax",
         "jaxlib",
         "numpy",
@@ -72,9 +105,7 @@ def test_only_the_engine_starts_threads():
 
 
 def test_only_the_tracing_files_know_jaxprs():
-    knows = {
-        p.stem for p in (ROOT / "stfuse").glob("*.py") if "jax.extend" in p.read_text()
-    }
+    knows = {p.stem for p in PACKAGE.rglob("*.py") if "jax.extend" in p.read_text()}
     assert knows == {"_fingerprint", "_trace"}
 
 

@@ -39,14 +39,34 @@ def test_a_model_in_a_step_of_its_own_answers_as_alone(pair):
     assert_same(fused(fused.pack(), {name: x})[name], alone(fused.jobs[name], x), case)
 
 
-def test_equal_models_share_every_launch_and_siblings_none(family):
-    fused, _, _, kinds = family
-    names = list(fused.jobs)
-    groups = {launch.jobs for launch in fused.plan.launches}
-    assert groups == {tuple(names[:2]), tuple(names[2:])}
-    assert fused.plan.num_solo == 0
-    assert fused.plan.waste == 0
-    assert fused.plan.num_launches * 2 == fused.plan.num_launches_alone
+@over_siblings
+def test_equal_models_share_every_launch(pair):
+    for kind in pair:
+        fused = cases.group(kind, 2)
+        assert {launch.jobs for launch in fused.plan.launches} == {tuple(fused.jobs)}
+        assert fused.plan.num_solo == 0
+        assert fused.plan.waste == 0
+        assert fused.plan.num_launches * 2 == fused.plan.num_launches_alone
+
+
+def test_siblings_share_launches_too_and_keep_all_their_own(family):
+    fused, *_ = family
+    names, plan = tuple(fused.jobs), fused.plan
+    pairs = names[:2], names[2:]
+    groups = {launch.jobs for launch in plan.launches}
+    assert names in groups and groups <= {*pairs, names}
+    assert plan.num_solo == 0
+    own = []
+    for one, pair in zip(plan.species, pairs, strict=True):
+        assert tuple(plan.names[i] for i in one.members) == pair
+        heavy = sorted(op.name for op in one.trace.ops if op.is_heavy)
+        shared = [x.primitive for x in plan.launches if set(pair) <= set(x.jobs)]
+        assert sorted(shared) == heavy
+        own.append(len(heavy))
+    assert plan.num_launches_alone == 2 * sum(own)
+    assert max(own) <= plan.num_launches < sum(own)
+    for launch in plan.launches:
+        assert launch.waste >= 0 if launch.jobs == names else launch.waste == 0
 
 
 def test_poison_in_one_model_changes_no_bit_of_the_others(family):

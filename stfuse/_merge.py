@@ -1,0 +1,287 @@
+"""Merging one species' launches into those of the species before it.
+
+Heavy launches are aligned by dynamic programming: the pairs that save the most time,
+in the order of both. Light ones follow what they read, and what only parameters went
+into follows its reader. No merge can make launches wait for one another: heavy pairs
+keep both orders; a launch that reads what its partner reads depends on nothing else;
+any other partner comes after all partners found so far.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable
+from typing import Any
+
+from stfuse._draft import (
+    Draft,
+    Joint,
+    Terms,
+    copied,
+    is_wasteful,
+    launch_s,
+    loop_s,
+    padded_work,
+    wider,
+    work,
+)
+
+# Beyond this many pairs of heavy ops, only those near the diagonal are compared.
+_MAX_PAIRS = 200_000
+
+
+def merge(profile: list[Draft], own: list[Draft], s: int, terms: Terms) -> list[Draft]:
+    """Merge one species into the launches of those before it.
+
+    The launches of ``profile`` take it in; what finds no partner stands between them.
+    """
+    if not profile:
+        return own
+    pairs = _match_heavy(profile, own, s, terms)
+    merged = _Merging(profile, own, s, terms)
+    at, start = 0, 0
+    for there, here in [*pairs, (len(profile), len(own))]:
+        merged.light(range(at, there), range(start, here))
+        if here < len(own) and not merged.join(there, here):
+            merged.alone(here)
+        at, start = there + 1, here + 1
+    for j, draft in enumerate(own):
+        if draft not in merged.became:  # fixed, and nobody reads it
+            merged.alone(j)
+    return merged.ordered()
+
+
+def _match_heavy(
+    profile: list[Draft], own: list[Draft], s: int, terms: Terms
+) -> list[tuple[int, int]]:
+    """Return the pairs of heavy launches that save the most time, in order.
+
+    A pair that does not continue the one before it pays a little: what flows between
+    the two has to be collected from elsewhere.
+    """
+    left = [i for i, d in enumerate(profile) if d.op.is_heavy]
+    right = [i for i, d in enumerate(own) if d.op.is_heavy]
+    n, m = len(left), len(right)
+    band = m if n * m <= _MAX_PAIRS else max(_MAX_PAIRS // n, 16)
+    gap_s = terms.cost.launch_s / 4
+    # From (i, j) on: the most that is saved, at all, and by pairing these two.
+    best = [[0.0] * (m + 1) for _ in range(n + 1)]
+    paired = [[0.0] * (m + 1) for _ in range(n + 1)]
+    for i in range(n - 1, -1, -1):
+        row, below, middle = best[i], best[i + 1], i * m // n
+        for j in range(m - 1, -1, -1):
+            row[j] = max(below[j], row[j + 1])
+            if abs(j - middle) > band:
+                continue
+            joint = _joint(profile[left[i]], own[right[j]], s, terms)
+            if joint is not None and joint.gain_s > 0:
+                after = max(paired[i + 1][j + 1], below[j + 1] - gap_s, 0.0)
+                near = _likeness(profile[left[i]], own[right[j]]) * 2 * gap_s
+                paired[i][j] = joint.gain_s + near + after
+                row[j] = max(row[j], paired[i][j])
+    pairs: list[tuple[int, int]] = []
+    i = j = 0
+    while i < n and j < m and best[i][j] > (gap_s if pairs else 0.0):
+        if paired[i][j] == best[i][j]:
+            while i < n and j < m and paired[i][j] > 0:
+                pairs.append((left[i], right[j]))
+                i, j = i + 1, j + 1
+                if best[i][j] - gap_s > paired[i][j]:
+                    break
+        elif best[i][j] == best[i + 1][j]:
+            i += 1
+        else:
+            j += 1
+    return pairs
+
+
+def _likeness(a: Draft, b: Draft) -> float:
+    """Return how much the ops after two launches are alike, 0 to 1."""
+    return sum(x == y for x, y in zip(a.after, b.after, strict=False)) / 3
+
+
+class _Merging:
+    """One species on its way into a profile."""
+
+    def __init__(
+        self, profile: list[Draft], own: list[Draft], s: int, terms: Terms
+    ) -> None:
+        self.profile, self.own, self.s, self.terms = profile, own, s, terms
+        self.became: dict[Draft, Draft] = {}  # own launch to where it went
+        self.is_foreign: dict[Draft, bool] = {}
+        self.keys: dict[Draft, tuple[int, int, int]] = {
+            d: (i, -1, 0) for i, d in enumerate(profile)
+        }
+        self.cursor = -1
+        self.spots = {d: i for i, d in enumerate(profile)}
+        self.places = {d: j for j, d in enumerate(own)}
+
+    def join(self, there: int, here: int) -> bool:
+        """Let a launch of the profile take in one of the species', if that pays."""
+        target, draft = self.profile[there], self.own[here]
+        joint = _joint(target, draft, self.s, self.terms)
+        if joint is None or joint.gain_s <= 0:
+            return False
+        target.ins, target.outs, target.cost_s = joint.ins, joint.outs, joint.cost_s
+        target.turns, target.body = joint.turns, joint.body
+        target.members[self.s] = draft.members[self.s]
+        target.banks |= draft.banks
+        target.rows += draft.rows
+        target.work += draft.work
+        self.settle(draft, target)
+        target.deps |= {self.became[d] for d in draft.deps}
+        self.became[draft] = target
+        if not target.is_fixed:
+            self.cursor = max(self.cursor, there)
+        return True
+
+    def settle(self, draft: Draft, target: Draft | None) -> None:
+        """Place the fixed launches that a launch reads, now that it has its place.
+
+        What only parameters went into follows its reader: it stands where the reader's
+        partner reads, if it may.
+        """
+        for p, read in enumerate(draft.reads):
+            d = read[0]
+            if not isinstance(d, Draft) or d in self.became:
+                continue
+            partner = target.reads[p][0] if target and p < len(target.reads) else None
+            j = self.places[d]
+            is_free = isinstance(partner, Draft) and self.s not in partner.members
+            if not (is_free and self.join(self.spots[partner], j)):
+                self.alone(j)
+
+    def light(self, there: range, here: range) -> None:
+        """Place the launches between two pairs of heavy ones."""
+        lined_up: dict[Hashable, list[int]] = {}
+        alike: dict[Hashable, list[int]] = {}
+        for i in there:
+            draft = self.profile[i]
+            if not (draft.op.is_heavy or draft.is_fixed):
+                lined_up.setdefault(self._key(draft), []).append(i)
+                alike.setdefault(draft.form, []).append(i)
+        for j in here:
+            draft = self.own[j]
+            if draft.is_fixed:
+                continue  # until its reader has a place
+            if draft.op.is_heavy or not self._placed(draft, j, lined_up, alike):
+                self.alone(j)
+
+    def _placed(self, draft: Draft, j: int, lined_up: Any, alike: Any) -> bool:
+        """Try the launches that read the same, then those that merely look alike."""
+        for i in lined_up.get(self._key(draft), ()):
+            if self.s not in self.profile[i].members:
+                return self.join(i, j)
+        reads = {self.became[d] for d in draft.deps if not d.is_fixed}
+        is_foreign = any(map(self._foreign, reads))
+        for i in alike.get(draft.form, ()):
+            target = self.profile[i]
+            if i <= self.cursor or self.s in target.members:
+                continue
+            # One operand that lines up is reason enough to collect the others: what
+            # follows (a residual stream) lines up again.
+            if reads & target.deps:
+                return self.join(i, j)
+            if not is_foreign and not any(map(self._foreign, target.deps)):
+                return self.join(i, j)
+        return False
+
+    def alone(self, j: int) -> None:
+        """Keep a launch for the species by itself."""
+        draft = self.own[j]
+        self.settle(draft, None)
+        draft.deps = {self.became[d] for d in draft.deps}
+        draft.reads = tuple(map(self._moved, draft.reads))
+        self.became[draft] = draft
+        self.keys[draft] = (self.cursor, 0, j)
+        self.is_foreign[draft] = not draft.is_fixed and (
+            draft.op.is_heavy or any(map(self._foreign, draft.deps))
+        )
+
+    def _key(self, draft: Draft) -> Hashable:
+        """Return a launch's form and what it reads, in terms of merged launches."""
+        reads = []
+        for read in draft.reads:
+            d = read[0]
+            if not isinstance(d, Draft):
+                reads.append(read)
+            elif d.is_fixed:
+                reads.append(("fixed", d.form))
+            else:
+                reads.append(self._moved(read))
+        return draft.form, tuple(reads)
+
+    def _moved(self, read: Any) -> Any:
+        if isinstance(read[0], Draft):
+            return (self.became.get(read[0], read[0]), read[1])
+        return read
+
+    def _foreign(self, draft: Draft) -> bool:
+        """Return whether a value descends from a heavy launch that is not shared.
+
+        Merging what follows such a launch would copy its output first.
+        """
+        known = self.is_foreign.get(draft)
+        if known is None:
+            known = (
+                self.s not in draft.members
+                and not draft.is_fixed
+                and (draft.op.is_heavy or any(map(self._foreign, draft.deps)))
+            )
+            self.is_foreign[draft] = known
+        return known
+
+    def ordered(self) -> list[Draft]:
+        """Return all launches, each after those that it reads."""
+        drafts = [*self.profile, *(d for d in self.own if self.became[d] is d)]
+        waits = {d: len(d.deps) for d in drafts}
+        readers: dict[Draft, list[Draft]] = {d: [] for d in drafts}
+        for d in drafts:
+            for dep in d.deps:
+                readers[dep].append(d)
+        free = [(self.keys[d], n, d) for n, d in enumerate(drafts) if not waits[d]]
+        numbers = {d: n for n, d in enumerate(drafts)}
+        heapq.heapify(free)
+        found = []
+        while free:
+            *_, d = heapq.heappop(free)
+            found.append(d)
+            for reader in readers[d]:
+                waits[reader] -= 1
+                if not waits[reader]:
+                    heapq.heappush(free, (self.keys[reader], numbers[reader], reader))
+        assert len(found) == len(drafts), "launches wait for one another"
+        return found
+
+
+def _joint(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
+    """Return what a launch would be with one more member; None if it may not."""
+    if target.form != draft.form or terms.banks[s] in target.banks:
+        return None
+    if target.body is not None:
+        return _joint_scan(target, draft, s, terms)
+    key = (target.form, target.ins, target.outs, target.rows, target.work)
+    key = (*key, draft.ins, draft.outs, draft.rows)
+    if key not in terms.memo:
+        ins = tuple(map(wider, target.ins, draft.ins))
+        outs = tuple(map(wider, target.outs, draft.outs))
+        rows = target.rows + draft.rows
+        cost_s = launch_s(draft.op, ins, outs, rows, terms)
+        done = work(draft.op, ins, outs) * rows
+        gain_s = target.cost_s + draft.cost_s - cost_s
+        if is_wasteful(done, target.work + draft.work, terms):
+            gain_s = 0.0
+        terms.memo[key] = Joint(gain_s, ins, outs, cost_s)
+    return terms.memo[key]
+
+
+def _joint_scan(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
+    """Return a loop that runs the bodies of one more species, aligned inside."""
+    body = merge(copied(target.body or ()), copied(draft.body or ()), s, terms)
+    turns = max(target.turns, draft.turns)
+    cost_s = loop_s(body, turns, terms)
+    done = turns * sum(padded_work(d) for d in body if d.op.is_heavy)
+    gain_s = target.cost_s + draft.cost_s - cost_s
+    if is_wasteful(done, target.work + draft.work, terms):
+        gain_s = 0.0
+    return Joint(gain_s, target.ins, target.outs, cost_s, turns, body)
