@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
     answers = fused(bank, inputs)
     device = jax.devices()[0]
     print(f"{device.platform} ({device.device_kind}), images {image.shape}")
-    print(str(fused.plan).splitlines()[-1])
+    print(*str(fused.plan).splitlines()[-2:], sep="\n")  # jobs, and parameters
     print(f"{'network':12} {'weights':>12} {'ms alone':>9} {'difference':>11}")
     differences = []
     for job in jobs:

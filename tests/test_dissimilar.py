@@ -1,5 +1,6 @@
 """Unlike jobs in shared launches: every launch right, whatever padding holds."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -14,7 +15,11 @@ from tests import cases, functions, lockstep
 from tests.cases import BY_NAME, CASES, alone, assert_same
 from tests.model_cases import SIBLINGS
 
-KINDS = {**BY_NAME, **{c.name: c for pair in SIBLINGS for c in pair}}
+MODELS = [
+    tuple(dataclasses.replace(case, name=f"model_{case}") for case in pair)
+    for pair in SIBLINGS
+]
+KINDS = {**BY_NAME, **{case.name: case for pair in MODELS for case in pair}}
 ROWS = (1, 3, 2, 1, 2)
 
 
@@ -52,7 +57,7 @@ def check_call(fused, rows=ROWS):
     check(fused, fused(fused.pack(), requests), requests)
 
 
-@pytest.mark.parametrize("pair", SIBLINGS, ids=lambda pair: f"{pair[0]}+{pair[1]}")
+@pytest.mark.parametrize("pair", MODELS, ids=lambda pair: f"{pair[0]}+{pair[1]}")
 def test_launches_of_sibling_models_are_right(pair):
     fused = fused_of([pair[0], pair[1], pair[0]])
     assert any(len(node.members) > 1 for node in fused.plan.nodes)
@@ -74,7 +79,7 @@ def test_launches_of_unlike_cases_are_right(pair):
     check_launches(fused_of([pair[0], pair[1], pair[0]]))
 
 
-@pytest.mark.parametrize("pair", SIBLINGS[:5], ids=lambda pair: f"{pair[0]}+{pair[1]}")
+@pytest.mark.parametrize("pair", MODELS[:5], ids=lambda pair: f"{pair[0]}+{pair[1]}")
 @pytest.mark.parametrize("max_waste", [None, 0.5])
 def test_sibling_models_answer_as_alone(pair, max_waste):
     check_call(fused_of([pair[0], pair[1], pair[1]], max_waste=max_waste), (2, 1, 3))

@@ -176,5 +176,5 @@ def test_the_readme_lists_every_file_of_the_package_in_order():
     from tests.test_layering import ORDER
 
     text = (ROOT / "README.md").read_text()
-    listed = re.findall(r"^\s+(\w+)\.py ", text, re.M)
+    listed = re.findall(r"^\s+(\w+)(?:\.py|/) ", text, re.M)
     assert [name for name in listed if name in ORDER] == ORDER

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from stfuse import _rules
+from stfuse._rules import _shape
 from tests import merging
 from tests.merging import merged, op_of, pad_to, share
 
@@ -104,7 +105,7 @@ def test_any_reshapes_of_one_form_are_exact():
         for shape, to in itertools.permutations(shapes, 2):
             ((fn, args),) = reshapes((shape, to))
             op = op_of("reshape", fn, args)
-            groups[_rules.form(op)].append(op)
+            groups[_shape._reshape_form(op)].append(op)
     assert sum(len(ops) > 1 for ops in groups.values()) > 100
     for ops in groups.values():
         wide = _rules.widen(ops)
@@ -327,12 +328,9 @@ def joined(*sizes):
 TURNS = ((0, 1), (1, 0))
 ZEROS = pads(0, ((3,), [(1, 0, 0)]))
 APART = [
-    # heads of two widths, other lengths below, ones elsewhere, other runs, no data
-    ("reshape", reshapes(((384,), (12, 32)), ((384,), (6, 64)))),
-    ("reshape", reshapes(((2, 3, 5), (6, 5)), ((2, 4, 5), (8, 5)))),
+    # ones elsewhere, other runs, no data
     ("reshape", reshapes(((3, 5), (1, 3, 5)), ((3, 5), (3, 1, 5)))),
     ("reshape", reshapes(((2, 3, 4), (6, 4)), ((2, 3, 4), (2, 12)))),
-    ("reshape", reshapes(((1, 3, 5), (3, 5)), ((2, 3, 5), (6, 5)))),
     ("reshape", reshapes(((0, 3), (3, 0)), ((2, 3), (3, 2)))),
     ("transpose", [bound(lax.transpose_p, (3, 3), permutation=p) for p in TURNS]),
     ("squeeze", [bound(lax.squeeze_p, (1, 1), dimensions=(a,)) for a in (0, 1)]),
@@ -346,8 +344,6 @@ APART = [
     ("tile", [bound(lax.tile_p, (n, 2), reps=(2, 1)) for n in (3, 4)]),
     ("concatenate", [joined(2, 4), joined(3, 4)]),
     ("concatenate", [joined(2, 4), joined(2, 2, 2)]),
-    ("split", [bound(lax.split_p, (6,), sizes=s, axis=0) for s in ((2, 4), (3, 3))]),
-    ("slice", [slices((a,), None, ((5,), (4,)))[0] for a in (0, 1)]),
     ("slice", [slices((0,), (b,), ((5,), (4,)))[0] for b in (1, 2)]),
     ("pad", ZEROS + pads(0, ((3,), [(0, 1, 0)]))),
     ("pad", ZEROS + pads(0, ((3,), [(1, 0, 1)]))),

@@ -237,8 +237,8 @@ def _strides(op: Op) -> tuple[int, ...]:
     return _ints(op.params["strides"] or (1,) * len(op.in_specs[0].shape))
 
 
-def _slice_form(op: Op) -> Hashable | None:
-    return _strides(op) if op.specs[0].size else None
+def _slice_form(op: Op) -> Hashable:
+    return _strides(op)
 
 
 def _slice_params(ops: Sequence[Op], ins: Any, outs: Any) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def _slice_by_index(merge: Merge, x: Stack) -> list[Stack]:
         counts = [op.specs[0].shape[axis] for op in merge.ops]
         index = span(merge, starts, counts, step, size)
         if len(set(starts)) == 1:
-            stop = starts[0] + (size - 1) * step + 1
+            stop = starts[0] + (size - 1) * step + 1 if size else starts[0]
             at = axis + is_stacked
             array = lax.slice_in_dim(array, starts[0], stop, step, at)
         else:
