@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import stfuse
+from examples import mixes
 from models import gpt
 
 _TOKENS = flags.DEFINE_integer("tokens", 48, "Written by each decoder.", lower_bound=1)
@@ -60,7 +61,8 @@ def make_jobs() -> tuple[list[stfuse.Job], dict[str, Any]]:
         configs = {"tiny": gpt.TINY, "tiny-deep": gpt.TINY_DEEP}
     jobs, states = [], {}
     for seed, (name, config) in enumerate(configs.items()):
-        params = jax.jit(functools.partial(gpt.init, config))(jax.random.key(seed))
+        member = mixes.Member("gpt", config)
+        params = mixes.make_params(member, seed, np.float32)  # at random
         states[name] = {
             "token": jnp.arange(_ROWS.value, dtype=jnp.int32),
             "cache": gpt.empty_cache(config, _ROWS.value),

@@ -6,7 +6,6 @@ which launches they share, at what padding, and why others are of one job alone.
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,15 +13,16 @@ import numpy as np
 from absl import app, flags, logging
 
 import stfuse
+from examples import mixes
 from models import cnn, mlp
 
 _CALLS = flags.DEFINE_integer("calls", 100, "Calls timed each way.", lower_bound=1)
 _COST = flags.DEFINE_string("cost", "auto", "Plan for this device: auto, h200, cpu.")
 TOLERANCE = 1e-5  # of the largest value of an answer
 MODELS = {
-    "slim": (mlp, mlp.Config(widths=(48, 32))),
-    "deep": (mlp, mlp.Config(widths=(64, 56, 40))),
-    "cnn": (cnn, cnn.DIGITS),
+    "slim": mixes.Member("mlp", mlp.Config(widths=(48, 32))),
+    "deep": mixes.Member("mlp", mlp.Config(widths=(64, 56, 40))),
+    "cnn": mixes.Member("cnn", cnn.DIGITS),
 }
 
 
@@ -43,17 +43,16 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     rng = np.random.default_rng(0)
     inputs = {name: rng.random((2, 8, 8), np.float32) for name in MODELS}
-    jobs = []
-    for seed, (name, (model, config)) in enumerate(MODELS.items()):
-        params = jax.jit(partial(model.init, config))(jax.random.key(seed))
-        apply_fn = partial(model.apply, config)
-        jobs.append(stfuse.Job(name, apply_fn, params, inputs[name]))
-
+    apply_fns = {name: mixes.apply_fn_of(model) for name, model in MODELS.items()}
+    params = {
+        name: mixes.make_params(model, seed, np.float32)  # at random
+        for seed, (name, model) in enumerate(MODELS.items())
+    }
+    jobs = [stfuse.Job(n, apply_fns[n], params[n], inputs[n]) for n in MODELS]
     fused = stfuse.fuse(jobs, cost=_COST.value)
     print(fused.plan)
     bank = fused.pack()
-    alone_fns = {job.name: jax.jit(job.apply_fn) for job in jobs}
-    params = {job.name: job.params for job in jobs}
+    alone_fns = {name: jax.jit(apply_fn) for name, apply_fn in apply_fns.items()}
 
     def check(what: str) -> None:
         answers, differences = fused(bank, inputs), []
@@ -66,7 +65,7 @@ def main(_: list[str]) -> None:
         assert worst <= TOLERANCE, "an answer is not its model's own"
 
     check("fused and alone")
-    params["cnn"] = cnn.init(cnn.DIGITS, jax.random.key(9))
+    params["cnn"] = mixes.make_params(MODELS["cnn"], 9, np.float32)
     bank = fused.swap(bank, "cnn", params["cnn"])  # nothing is recompiled
     check("new weights for 'cnn'")
     staged, stacked = jax.device_put((inputs, fused.stack(inputs)))

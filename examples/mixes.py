@@ -1,7 +1,7 @@
 """Mixes of unlike jobs, at two sizes: who stands beside whom in `bench_dissimilar`.
 
 A member of a mix is a family and a config. Weights are random, drawn on the host, so
-that nothing has to be compiled to have them.
+that nothing has to be compiled to have them; other examples take theirs from here too.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ changes no other slot; `unshare` changes no slot; padding is zero.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -136,6 +137,27 @@ def is_shared(column: Sequence[Any], rows: int) -> bool:
     if all(leaf is first for leaf in column):
         return True
     return all(_is_same(first, x) for x in column[1:]) and not _tree.is_one_value(first)
+
+
+def num_bytes(layout: Layout, columns: Sequence[Sequence[Leaves]]) -> tuple[int, int]:
+    """Return the bytes of all jobs' parameters, alone and in the bank.
+
+    Args:
+        layout: where they stand.
+        columns: per bank, per job, its leaves; specs for values are fine.
+    """
+    alone = held = 0
+    for i, buffer in enumerate(layout.params):
+        itemsize = getattr(buffer.dtype, "itemsize", 4)
+        own = [[leaves[leaf] for leaves in columns[b]] for b, leaf in buffer.members]
+        for column, shape in zip(own, buffer.shapes, strict=True):
+            alone += math.prod(shape) * itemsize * len(column)
+        rows = layout.rows_of(i)
+        if is_shared([x for column in own for x in column], rows):
+            rows = 1
+        shape = buffer.shape(dict(enumerate(layout.capacities)))
+        held += math.prod(shape) * itemsize * rows
+    return alone, held
 
 
 def is_stacked(stack: Any, buffer: Buffer) -> bool:

@@ -16,7 +16,7 @@ from stfuse._types import Cost
 # large bf16 (h200) or float32 (cpu, two cores) matrix product.
 RECORDS = {
     "h200": Cost(3e-6, 4.3e12, 790e12, source="h200"),
-    "cpu": Cost(4e-6, 1.0e10, 1.0e11, source="cpu"),
+    "cpu": Cost(1e-6, 1.0e10, 1.0e11, source="cpu"),
 }
 
 
@@ -50,7 +50,7 @@ def _measured(device: Any) -> Cost:
     side, words = (4096, 1 << 27) if is_gpu else (512, 1 << 22)
     with jax.default_device(device), jax.ensure_compile_time_eval():
         square = jnp.full((side, side), 0.5, jnp.bfloat16 if is_gpu else jnp.float32)
-        small, flat = jnp.full((64, 64), 0.01), jnp.ones((words,), jnp.float32)
+        small, flat = jnp.full((16, 16), 0.01), jnp.ones((words,), jnp.float32)
 
         def chained(x: Any) -> Any:
             for _ in range(chain):

@@ -90,6 +90,10 @@ class Terms:
         """Return a small number for a form: equal ones for equal forms."""
         return self.numbers.setdefault(form, len(self.numbers))
 
+    def alone_s(self, op: Op, rows: int) -> float:
+        """Return the predicted time of one op of one species."""
+        return launch_s(op, shapes_of(op.in_specs), shapes_of(op.specs), rows, self)
+
     def form(self, op: Op, shared: tuple[Hashable, ...]) -> tuple[int, int]:
         """Return an op's form, and what its operands share among all slots.
 
@@ -121,51 +125,55 @@ def singles(
         num_fixed: how many of its first values are parameters, or a loop's constants.
     """
     num_fixed = trace.num_params if num_fixed is None else num_fixed
-    made_fixed: set[int] = set()
+    fixed = set(range(num_fixed))
     made_by: dict[int, tuple[Draft, int]] = {}
     names = [op.name for op in trace.ops]
     drafts = []
     for i, op in enumerate(trace.ops):
         atoms = [a for a in op.inputs if not isinstance(a, Literal)]
-        shared = tuple(tags.get(a) for a in atoms)
-        if atoms and None not in shared:
-            for k, number in enumerate(op.outputs):
-                tag = (op.key, _literals(op), shared, k)
-                tags[number] = terms.number(("tag", tag))
-        body = _body(s, op, tags, terms)
-        fixed = [a < num_fixed or a in made_fixed for a in atoms]
-        is_fixed = bool(atoms) and all(fixed) and not op.is_heavy
+        shared = _pass_on(op, [tags.get(a) for a in atoms], tags, terms)
+        is_fixed = not op.is_heavy and bool(atoms) and fixed.issuperset(atoms)
         if is_fixed:
-            made_fixed.update(op.outputs)
-        reads = tuple(
-            ("literal",)
-            if isinstance(a, Literal)
-            else made_by.get(a, ("given", tags.get(a)))
-            for a in op.inputs
-        )
-        rows = terms.counts[s]
+            fixed.update(op.outputs)
         draft = Draft(
             op=op,
             form=terms.form(op, shared),
             after=tuple(names[i + 1 : i + 4]),
             members={s: i},
             banks={terms.banks[s]},
-            rows=rows,
+            rows=terms.counts[s],
             ins=shapes_of(op.in_specs),
             outs=shapes_of(op.specs),
-            work=(op.flops if op.is_heavy else op.num_bytes) * rows,
-            cost_s=terms.cost.seconds(_flops(op) * rows, op.num_bytes * rows),
+            work=(op.flops if op.is_heavy else op.num_bytes) * terms.counts[s],
+            cost_s=terms.alone_s(op, terms.counts[s]),
             deps={made_by[a][0] for a in atoms if a in made_by},
-            reads=reads,
+            reads=tuple(
+                ("literal",)
+                if isinstance(a, Literal)
+                else made_by.get(a, ("given", tags.get(a)))
+                for a in op.inputs
+            ),
             is_fixed=is_fixed,
+            body=_body(s, op, tags, terms),
         )
-        if body is not None:
-            draft.body, draft.turns = body, op.params["length"]
+        if draft.body is not None:
+            draft.turns = op.params["length"]
             draft.work = padded_work(draft)
-            draft.cost_s = loop_s(body, draft.turns, terms)
+            draft.cost_s = loop_s(draft.body, draft.turns, terms)
         made_by.update((v, (draft, k)) for k, v in enumerate(op.outputs))
         drafts.append(draft)
     return drafts
+
+
+def _pass_on(
+    op: Op, shared: list[Hashable], tags: dict[int, Hashable], terms: Terms
+) -> tuple[Hashable, ...]:
+    """Mark the outputs of an op that reads shared values only."""
+    if shared and None not in shared:
+        for k, number in enumerate(op.outputs):
+            tag = (op.key, _literals(op), tuple(shared), k)
+            tags[number] = terms.number(("tag", tag))
+    return tuple(shared)
 
 
 def _body(
@@ -207,10 +215,6 @@ def _literals(op: Op) -> Hashable:
     )
 
 
-def _flops(op: Op) -> float:
-    return op.flops if op.is_heavy else 0.0
-
-
 def work(op: Op, ins: Shapes, outs: Shapes) -> float:
     """Return what one row of a launch does: flops if it is heavy, else bytes."""
     if op.is_heavy:
@@ -232,7 +236,16 @@ def num_bytes(op: Op, ins: Shapes, outs: Shapes) -> float:
 def launch_s(op: Op, ins: Shapes, outs: Shapes, rows: int, terms: Terms) -> float:
     """Return the predicted time of a launch at some padded shapes."""
     flops = work(op, ins, outs) if op.is_heavy else 0.0
-    return terms.cost.seconds(flops * rows, num_bytes(op, ins, outs) * rows)
+    moved = num_bytes(op, ins, outs)
+    if op.name == "conv_general_dilated" and rows > 1 and terms.cost.source == "cpu":
+        # Stacked kernels are multiplied with patches, which are written and read.
+        itemsize = getattr(op.specs[0].dtype, "itemsize", 4)
+        moved += flops / max(_out_features(op, outs), 1) * itemsize
+    return terms.cost.seconds(flops * rows, moved * rows)
+
+
+def _out_features(op: Op, outs: Shapes) -> int:
+    return outs[0][op.params["dimension_numbers"].out_spec[1]]
 
 
 def loop_s(body: Sequence[Draft], turns: int, terms: Terms) -> float:

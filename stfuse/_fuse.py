@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from stfuse import _bank, _cost, _lower, _rules
+from stfuse import _bank, _cost, _lower
 from stfuse._align import align
 from stfuse._bank import Bank
 from stfuse._cache import next_power_of_two
@@ -20,7 +19,7 @@ from stfuse._inputs import Checked, check_inputs
 from stfuse._job import Job
 from stfuse._layout import Buffer, lay_out
 from stfuse._plan import Plan, Species, group
-from stfuse._program import Trace, op_bytes
+from stfuse._program import Trace
 from stfuse._stacked import Stacked, StackedOutputs, cut, fill, resized, to_host
 from stfuse._step import make_step
 from stfuse._trace import trace, trace_vjp
@@ -139,18 +138,15 @@ class Fused:
             banks=bank_of,
         )
         self._species = plan.species
-        self._where: dict[str, list[tuple[int, int]]] = {name: [] for name in self.jobs}
-        where = {
-            member: (s, slot)
-            for s, one in enumerate(plan.species)
-            for slot, member in enumerate(one.members)
-        }
-        for i, (name, _, _) in enumerate(self._programs):
-            self._where[name].append(where[i])
-        first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
-        capacities = [len(species[s].members) for s in first]
-        self._layout = lay_out(plan, bank_of, capacities)
-        self.plan: Plan = self._with_bytes(self._with_lowerings(plan, lowering))
+        self._where = self._slots_of()
+        first = [species[bank_of.index(b)] for b in range(max(bank_of) + 1)]
+        self._layout = lay_out(plan, bank_of, [len(one.members) for one in first])
+        alone, held = _bank.num_bytes(self._layout, self._columns(first))
+        self.plan: Plan = dataclasses.replace(
+            _lower.lower_plan(plan, lowering),
+            param_bytes_alone=alone,
+            param_bytes=held,
+        )
         vjps = [self._vjps(s) for s in range(len(plan.species))]
         step = make_step(plan, self._layout, cost=cost, lowering=lowering, vjps=vjps)
         self._step = jax.jit(step)
@@ -307,6 +303,18 @@ class Fused:
         job = self.jobs[name]
         return [*job.flatten_params(params), *trace(job.programs[length]).consts]
 
+    def _slots_of(self) -> dict[str, list[tuple[int, int]]]:
+        """Return the species and slot of each job's programs, by length."""
+        where: dict[str, list[tuple[int, int]]] = {name: [] for name in self.jobs}
+        places = {
+            member: (s, slot)
+            for s, one in enumerate(self._species)
+            for slot, member in enumerate(one.members)
+        }
+        for i, (name, _, _) in enumerate(self._programs):
+            where[name].append(places[i])
+        return where
+
     def _columns(self, species: Sequence[Species]) -> list[list[list[Any]]]:
         """Return the jobs' own parameters, values or specs, by species and slot."""
         return [
@@ -373,44 +381,3 @@ class Fused:
             return traces[:1] if is_one else traces
 
         return vjp_fn, variants
-
-    def _with_lowerings(self, plan: Plan, lowering: str) -> Plan:
-        """Fill in how each launch is computed at one row."""
-        launches = iter(plan.launches)
-        chosen = []
-        for node in plan.nodes:
-            ops = [plan.species[s].trace.ops[i] for s, i in node.members]
-            if ops[0].is_heavy:
-                name = "native"
-                if node.body is None:
-                    name = _lower.choose(
-                        _rules.widen(ops),
-                        [True] * len(ops[0].inputs),
-                        num_slots=sum(
-                            len(plan.species[s].members) for s in node.species
-                        ),
-                        rows=1,
-                        cost=plan.cost,
-                        mode=lowering,
-                    )
-                chosen.append(dataclasses.replace(next(launches), lowering=name))
-        return dataclasses.replace(plan, launches=tuple(chosen))
-
-    def _with_bytes(self, plan: Plan) -> Plan:
-        """Fill in what the parameters take, alone and in the bank."""
-        alone = sum(
-            op_bytes(one.trace.param_specs[: one.trace.num_params]) * len(one.members)
-            for one, b in zip(plan.species, self._layout.bank_of, strict=True)
-            if plan.species[self._layout.bank_of.index(b)] is one
-        )
-        capacities = dict(enumerate(self._layout.capacities))
-        columns = self._columns(plan.species)
-        first = {b: s for s, b in reversed(list(enumerate(self._layout.bank_of)))}
-        held = 0
-        for i, buffer in enumerate(self._layout.params):
-            own = [row[leaf] for b, leaf in buffer.members for row in columns[first[b]]]
-            rows = 1 if _bank.is_shared(own, self._layout.rows_of(i)) else None
-            size = math.prod(buffer.shape(capacities))
-            itemsize = getattr(buffer.dtype, "itemsize", 4)
-            held += size * itemsize * (rows or self._layout.rows_of(i))
-        return dataclasses.replace(plan, param_bytes_alone=int(alone), param_bytes=held)

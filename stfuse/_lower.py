@@ -9,12 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stfuse import _rules
+from stfuse._plan import Plan
 from stfuse._program import Op
 from stfuse._types import Cost
 
@@ -80,6 +83,28 @@ def apply(
         for k in range(num_slots)
     ]
     return tuple(jnp.stack(column) for column in zip(*outs, strict=True))
+
+
+def lower_plan(plan: Plan, mode: str) -> Plan:
+    """Return a plan with its lowerings filled in, as at one row of every slot."""
+    launches = iter(plan.launches)
+    chosen = []
+    for node in plan.nodes:
+        ops = [plan.species[s].trace.ops[i] for s, i in node.members]
+        if not ops[0].is_heavy:
+            continue
+        name = "native"
+        if node.body is None:
+            name = choose(
+                _rules.widen(ops),
+                [True] * len(ops[0].inputs),
+                num_slots=sum(len(plan.species[s].members) for s in node.species),
+                rows=1,
+                cost=plan.cost,
+                mode=mode,
+            )
+        chosen.append(replace(next(launches), lowering=name))
+    return replace(plan, launches=tuple(chosen))
 
 
 def is_patchable(op: Op) -> bool:

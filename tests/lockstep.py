@@ -180,7 +180,7 @@ def poison_of(dtype: Any) -> Any:
     """Return the worst value that padding can hold."""
     if jnp.issubdtype(dtype, np.inexact):
         return np.nan
-    return True if dtype == bool else np.iinfo(dtype).max
+    return True if np.dtype(dtype).kind == "b" else np.iinfo(dtype).max
 
 
 def poisoned(x: Stack, is_poisoned: Any = True) -> Stack:

@@ -1,4 +1,4 @@
-"""Steps of random programs that move data: shapes, pieces, indices, windows."""
+"""Steps of random programs that move data: shapes, pieces, indices, orders."""
 
 from typing import Any
 
@@ -131,6 +131,21 @@ def along(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     return jnp.take_along_axis(x, ids, axis, mode=mode, **options)
 
 
+def order(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
+    x = ranked(body.sure(x), max(x.ndim, 1)) if a % 6 else ranked(x, max(x.ndim, 1))
+    axis, last = b % x.ndim, x.shape[-1]
+    return (
+        lambda: jnp.sort(x, axis),
+        lambda: jnp.argsort(x, axis),
+        lambda: jnp.argsort(x, axis, descending=True),
+        lambda: lax.top_k(x, min(m, last))[a // 6 % 2],
+        lambda: lax.sort((x, x + body.weight(*x.shape).astype(x.dtype)), axis)[1],
+        lambda: lax.sort(
+            (x, body.weight(*x.shape)), axis, num_keys=2, is_stable=bool(b % 2)
+        )[1],
+    )[a % 6]()
+
+
 def concatenate(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     x = _axes(x)
     axis = b % x.ndim
@@ -235,7 +250,7 @@ def residual(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
 MOVES: dict[str, Step] = {
     fn.__name__: fn
     for fn in (
-        *(reshape, transpose, broadcast, cut, window_at, gather, scatter, along),
+        *(reshape, transpose, broadcast, cut, window_at, gather, scatter, along, order),
         *(concatenate, pad, split, iota, pool, move, random, residual),
     )
 }

@@ -33,6 +33,7 @@ class Body:
         kept: earlier values.
         terms: numbers summed, and roundings, so far.
         coarse: whether anything was rounded to bfloat16.
+        has_sums: whether there are sums: a sum of -0 and padding is +0.
     """
 
     def __init__(self, weights: list[Any] | None, x: Any, key: Any) -> None:
@@ -40,6 +41,7 @@ class Body:
         self.exact, self.is_exact = x, True
         self.key, self.kept = key, [(x, True)]
         self.terms, self.coarse = 0, x.dtype == jnp.bfloat16
+        self.has_sums = False
 
     def weight(self, *shape: int, dtype: Any = np.float32) -> Any:
         """Return the next parameter."""
@@ -54,6 +56,7 @@ class Body:
 
     def tame(self, y: Any, terms: int = 1) -> Any:
         """Keep a sum of so many products of the current value small."""
+        self.has_sums = True
         if self.is_exact and (y.dtype != jnp.bfloat16 or terms <= MAX_TERMS):
             return lax.rem(y, jnp.asarray(5, y.dtype))
         self.rounds(terms)
@@ -338,26 +341,11 @@ def cumulative(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     return lax.cumlogsumexp(x, axis, reverse)
 
 
-def order(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
-    x = ranked(body.sure(x), max(x.ndim, 1)) if a % 6 else ranked(x, max(x.ndim, 1))
-    axis, last = b % x.ndim, x.shape[-1]
-    return (
-        lambda: jnp.sort(x, axis),
-        lambda: jnp.argsort(x, axis),
-        lambda: jnp.argsort(x, axis, descending=True),
-        lambda: lax.top_k(x, min(m, last))[a // 6 % 2],
-        lambda: lax.sort((x, x + body.weight(*x.shape).astype(x.dtype)), axis)[1],
-        lambda: lax.sort(
-            (x, body.weight(*x.shape)), axis, num_keys=2, is_stable=bool(b % 2)
-        )[1],
-    )[a % 6]()
-
-
 def rnn(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     x = ranked(floating(x), 2)
     w, u = body.weight(x.shape[1], m), body.weight(m, m)
     w, u = w.astype(x.dtype), u.astype(x.dtype)
-    size = x.shape[1] + m
+    size, body.has_sums = x.shape[1] + m, True
     is_exact = body.is_exact and (x.dtype != jnp.bfloat16 or size <= MAX_TERMS)
 
     def turn(h: Any, x: Any) -> Any:
@@ -410,6 +398,6 @@ STEPS: dict[str, Step] = {
     fn.__name__: fn
     for fn in (
         *(unary, binary, bits, select, clamp, convert, dense, einsum, conv),
-        *(reduction, softmax, norm, cumulative, order, rnn, deep, attention),
+        *(reduction, softmax, norm, cumulative, rnn, deep, attention),
     )
 }

@@ -16,12 +16,16 @@ from tests.programs_regressions import REGRESSIONS
 
 # Of 25 in the normal suite, 400 with --slow.
 EXAMPLES = settings.default.max_examples
-QUIET = list(hypothesis.HealthCheck)
+QUICK = {
+    "suppress_health_check": list(hypothesis.HealthCheck),
+    # A failing spec is small already, and each smaller one would have to be compiled.
+    "phases": (hypothesis.Phase.explicit, hypothesis.Phase.generate),
+}
 pytestmark = pytest.mark.timeout(300 if EXAMPLES < 100 else 0)
 
 
 def many(factor):
-    return settings(max_examples=factor * EXAMPLES, suppress_health_check=QUIET)
+    return settings(max_examples=factor * EXAMPLES, **QUICK)
 
 
 def alone(batch, jobs, params, requests):
@@ -42,12 +46,16 @@ def hasty(fn, *args):
 
 
 def assert_same(actual, expected, program):
-    """As `cases.assert_same`; where nothing was rounded, any NaN is like any other."""
+    """As `cases.assert_same`; but what was never rounded is equal, any NaN to any."""
     case = programs.case_of(program)
     if case.sum_length:
         return cases.assert_same(actual, expected, case)
+    has_sums = programs.outline(program).has_sums
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        lockstep.same(np.asarray(a), np.asarray(e), repr(program))
+        a, e = np.asarray(a), np.asarray(e)
+        if has_sums and jnp.issubdtype(e.dtype, np.inexact):
+            a, e = a + 0, e + 0  # the sign of a zero may be padding's
+        lockstep.same(a, e, repr(program))
 
 
 def check_launches(batch):
@@ -183,7 +191,7 @@ def assert_padding_is_zero(fused, grads):
         assert x.dtype == jax.dtypes.float0 or not x.any()
 
 
-@settings(max_examples=30 * EXAMPLES // 25, suppress_health_check=QUIET)
+@settings(max_examples=30 * EXAMPLES // 25, **QUICK)
 @given(programs.batches(tuple(SMOOTH), 3))
 def test_the_gradient_of_the_bank_is_each_jobs_own(batch):
     check_gradients(batch)

@@ -111,9 +111,7 @@ def _grown(x: Stack, shape: Sequence[int]) -> Stack:
     if tuple(shape) == x.shape:
         return x
     more = [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]
-    array = jnp.pad(x.array, [(0, 0)] * x.is_stacked + more)
-    clean = tuple(map(x.is_zero_padded, range(len(shape))))
-    return replace(x, array=array, clean=clean)
+    return replace(x, array=jnp.pad(x.array, [(0, 0)] * x.is_stacked + more))
 
 
 def _dynamic_slice(rule: Rule, merge: Merge, operands: Sequence[Stack]) -> list[Stack]:
@@ -180,7 +178,7 @@ def _window_form(shape: Any, windows: Any, fixed: Any, indexed: Any) -> Hashable
     """Return each axis's window size; None where it spans the axis."""
     return tuple(
         None
-        if size == n and a not in fixed
+        if size == n and a not in fixed and not (size == 1 and a in indexed)
         else int(size)
         for a, (n, size) in enumerate(zip(shape, windows, strict=True))
     )
