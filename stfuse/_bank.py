@@ -31,8 +31,8 @@ class Bank(NamedTuple):
     """Parameters of a fused step, a pytree of device arrays.
 
     Attributes:
-        stacks: per array of the layout, ``[rows, *padded]`` or, if all jobs share it,
-            ``[...]``.
+        stacks: per array of the layout ``[rows, *padded]``; ``[...]`` if all jobs
+            share it; ``[n, rows, *padded]`` for a shelf of small leaves.
     """
 
     stacks: tuple[Any, ...]
@@ -49,15 +49,28 @@ def pack(layout: Layout, columns: Sequence[Sequence[Leaves]]) -> Bank:
     Returns:
         The bank.
     """
-    stacks = []
-    for i, buffer in enumerate(layout.params):
-        own = [[leaves[leaf] for leaves in columns[b]] for b, leaf in buffer.members]
-        flat = [x for column in own for x in column]
-        if is_shared(flat, layout.rows_of(i)):
-            stacks.append(_as_leaf(flat[0], buffer.dtype))
-        else:
-            stacks.append(_stack(buffer, own, layout.capacities))
-    return Bank(tuple(stacks))
+    arrays = []
+    for shelf in layout.shelves:
+        stacks = []
+        for i in shelf:
+            buffer = layout.params[i]
+            own = [[each[leaf] for each in columns[b]] for b, leaf in buffer.members]
+            flat = [x for column in own for x in column]
+            if len(shelf) == 1 and is_shared(flat, layout.rows_of(i)):
+                stacks.append(_as_leaf(flat[0], buffer.dtype))
+            else:
+                stacks.append(_stack(buffer, own, layout.capacities))
+        arrays.append(jnp.stack(stacks) if len(shelf) > 1 else stacks[0])
+    return Bank(tuple(arrays))
+
+
+def open_shelves(layout: Layout, arrays: Sequence[Any]) -> list[Any]:
+    """Return the stacks of a bank's arrays, one per entry of ``layout.params``."""
+    stacks: list[Any] = [None] * len(layout.params)
+    for shelf, array in zip(layout.shelves, arrays, strict=True):
+        for k, i in enumerate(shelf):
+            stacks[i] = array[k] if len(shelf) > 1 else array
+    return stacks
 
 
 def alias(
@@ -153,7 +166,8 @@ def num_bytes(layout: Layout, columns: Sequence[Sequence[Leaves]]) -> tuple[int,
         for column, shape in zip(own, buffer.shapes, strict=True):
             alone += math.prod(shape) * itemsize * len(column)
         rows = layout.rows_of(i)
-        if is_shared([x for column in own for x in column], rows):
+        _, k = layout.array_of(i)
+        if k is None and is_shared([x for column in own for x in column], rows):
             rows = 1
         shape = buffer.shape(dict(enumerate(layout.capacities)))
         held += math.prod(shape) * itemsize * rows
@@ -179,10 +193,11 @@ def fits_shared(layout: Layout, bank: Bank, b: int, new: Leaves) -> bool:
 
 def unshare(layout: Layout, bank: Bank, b: int, new: Leaves) -> Bank:
     """Give slots to every shared leaf that differs from the one a job brings."""
-    stacks = list(bank.stacks)
+    arrays = list(bank.stacks)
     for i in _differing(layout, bank, b, new):
-        stacks[i] = jnp.broadcast_to(stacks[i], (layout.rows_of(i), *stacks[i].shape))
-    return Bank(tuple(stacks))
+        a, _ = layout.array_of(i)
+        arrays[a] = jnp.broadcast_to(arrays[a], (layout.rows_of(i), *arrays[a].shape))
+    return Bank(tuple(arrays))
 
 
 def write(
@@ -207,29 +222,32 @@ def write(
     Returns:
         The new bank. One compile serves every slot.
     """
-    stacks = list(bank.stacks)
-    places, rows, values = [], [], []
+    arrays = list(bank.stacks)
+    written: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}  # value, place by array
     for leaf, (i, start, _) in layout.leaf_rows(b).items():
         x = _as(new[leaf], layout.params[i].dtype)
-        if is_stacked(stacks[i], layout.params[i]):
-            places.append(i)
-            rows.append(np.int32(start + slot))
-            values.append(x)
+        a, k = layout.array_of(i)
+        row = np.int32(start + slot)
+        if k is not None:
+            written.setdefault(a, []).append((x, (np.int32(k), row)))
+        elif is_stacked(arrays[a], layout.params[i]):
+            written.setdefault(a, []).append((x, (row,)))
         elif layout.rows_of(i) == 1:
-            stacks[i] = _as_leaf(x, layout.params[i].dtype)
-    if places:
+            arrays[a] = _as_leaf(x, layout.params[i].dtype)
+    if written:
         put = _write_donating if donate else _write
-        written = put([stacks[i] for i in places], values, rows)
-        for i, stack in zip(places, written, strict=True):
-            stacks[i] = stack
-    return Bank(tuple(stacks))
+        stacks = put([arrays[a] for a in written], list(written.values()))
+        for a, stack in zip(written, stacks, strict=True):
+            arrays[a] = stack
+    return Bank(tuple(arrays))
 
 
 def read(layout: Layout, bank: Bank, b: int, slot: int) -> tuple[Any, ...]:
     """Return the leaves of one slot, without padding."""
     found = []
+    stacks = open_shelves(layout, bank.stacks)
     for i, start, shape in layout.leaf_rows(b).values():
-        stack = bank.stacks[i]
+        stack = stacks[i]
         if is_stacked(stack, layout.params[i]):
             stack = stack[(start + slot, *map(slice, shape))]
         found.append(stack)
@@ -237,14 +255,17 @@ def read(layout: Layout, bank: Bank, b: int, slot: int) -> tuple[Any, ...]:
 
 
 def _differing(layout: Layout, bank: Bank, b: int, new: Leaves) -> list[int]:
-    """Return the shared arrays that differ from what a job brings."""
-    return [
-        i
-        for leaf, (i, _, _) in layout.leaf_rows(b).items()
-        if layout.rows_of(i) > 1
-        and not is_stacked(bank.stacks[i], layout.params[i])
-        and not _is_same(bank.stacks[i], _as(new[leaf], layout.params[i].dtype))
-    ]
+    """Return the shared stacks that differ from what a job brings."""
+    found = []
+    for leaf, (i, _, _) in layout.leaf_rows(b).items():
+        a, k = layout.array_of(i)
+        if k is not None or layout.rows_of(i) == 1:
+            continue
+        held, dtype = bank.stacks[a], layout.params[i].dtype
+        if not is_stacked(held, layout.params[i]):
+            if not _is_same(held, _as(new[leaf], dtype)):
+                found.append(i)
+    return found
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -255,12 +276,19 @@ def _is_same(a: Any, b: Any) -> bool:
     return _tree.describe(a) == _tree.describe(b) and _tree.same_bytes(a, b)
 
 
-def _update(stacks: list[Any], new: list[Any], rows: list[Any]) -> list[Any]:
-    update = jax.lax.dynamic_update_index_in_dim
+def _update(arrays: list[Any], written: list[Any]) -> list[Any]:
     return [
-        update(s, _padded(x, s.shape[1:]), row, 0)
-        for s, x, row in zip(stacks, new, rows, strict=True)
+        functools.reduce(_put, changes, array)
+        for array, changes in zip(arrays, written, strict=True)
     ]
+
+
+def _put(array: Any, change: tuple[Any, tuple[Any, ...]]) -> Any:
+    x, place = change
+    shape = array.shape[len(place) :]
+    x = jnp.reshape(_padded(x, shape), (*(1,) * len(place), *shape))
+    origin = [np.int32(0)] * len(shape)
+    return jax.lax.dynamic_update_slice(array, x, (*place, *origin))
 
 
 _write = jax.jit(_update)

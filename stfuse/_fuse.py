@@ -127,20 +127,21 @@ class Fused:
         traces = [trace(p) for _, _, p in self._programs]
         species = group(traces)
         bank_of = self._bank_of(species)
+        sizes = [len(one.members) for one in species]
+        shares = _bank.marks(self._columns(species), sizes)
         plan = align(
             labels,
             traces,
             cost,
             max_waste=max_waste,
-            shares=_bank.marks(
-                self._columns(species), [len(s.members) for s in species]
-            ),
+            shares=shares,
             banks=bank_of,
         )
         self._species = plan.species
         self._where = self._slots_of()
         first = [species[bank_of.index(b)] for b in range(max(bank_of) + 1)]
-        self._layout = lay_out(plan, bank_of, [len(one.members) for one in first])
+        capacities = [len(one.members) for one in first]
+        self._layout = lay_out(plan, bank_of, capacities, shares)
         alone, held = _bank.num_bytes(self._layout, self._columns(first))
         self.plan: Plan = dataclasses.replace(
             _lower.lower_plan(plan, lowering),

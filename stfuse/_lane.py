@@ -89,16 +89,17 @@ def build(name: str, members: Sequence[Member], device: Device, *, cost: Cost) -
     ]
     names = [[programs[i][0].job.name for i in one.members] for one in species]
     bank_of = _bank.alias(names, columns)
+    shares = _bank.marks(columns, capacities)
     plan = align(
         [m.job.name for m, _ in programs],
         traces,
         cost,
-        shares=_bank.marks(columns, capacities),
+        shares=shares,
         banks=bank_of,
         counts=capacities,
     )
     first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
-    layout = lay_out(plan, bank_of, [capacities[s] for s in first])
+    layout = lay_out(plan, bank_of, [capacities[s] for s in first], shares)
     own = _brought([columns[s] for s in first], device)
     places: dict[str, list[tuple[int, int]]] = {m.job.name: [] for m in members}
     where = {

@@ -7,7 +7,8 @@ and no launch has to collect its operands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ import numpy as np
 from stfuse._plan import Plan, components, used_together
 from stfuse._program import Trace
 
+# A shelf saves arguments, and costs one more slice of something small.
+_MANY_STACKS = 32
+_SMALL_BYTES = 8192
 Counts = Mapping[int, int]  # slots of each species (or bank) that takes part
 
 
@@ -66,7 +70,9 @@ class Layout:
         bank_of: per species, whose parameters it has: programs of the same jobs at
             several lengths have one bank between them.
         capacities: slots of each bank.
-        params: the arrays of the bank; their members are ``(bank, leaf)``.
+        params: stacks of parameters; their members are ``(bank, leaf)``.
+        shelves: the arrays of the bank: each a stack, or several small ones of one
+            shape on a shelf. Every argument costs a call about a microsecond.
         inputs: the staged arrays.
         outputs: the output arrays.
     """
@@ -75,18 +81,26 @@ class Layout:
     bank_of: tuple[int, ...]
     capacities: tuple[int, ...]
     params: tuple[Buffer, ...]
+    shelves: tuple[tuple[int, ...], ...]
     inputs: tuple[Buffer, ...]
     outputs: tuple[Buffer, ...]
 
+    def array_of(self, i: int) -> tuple[int, int | None]:
+        """Return which array holds stack ``i``, and its place if that is a shelf."""
+        for a, shelf in enumerate(self.shelves):
+            if i in shelf:
+                return a, shelf.index(i) if len(shelf) > 1 else None
+        raise IndexError(i)
+
     def rows_of(self, i: int) -> int:
-        """Return how many rows the bank's array ``i`` has."""
+        """Return how many rows stack ``i`` of the bank has."""
         return self.params[i].num_rows(dict(enumerate(self.capacities)))
 
     def leaf_rows(self, bank: int) -> dict[int, tuple[int, int, tuple[int, ...]]]:
         """Return where the parameters of a bank stand.
 
         Returns:
-            Per leaf: the array, the row of slot 0, the leaf's true shape.
+            Per leaf: the stack, the row of slot 0, the leaf's true shape.
         """
         found = {}
         for i, buffer in enumerate(self.params):
@@ -117,13 +131,19 @@ class Layout:
         return tuple(found[leaf] for leaf in sorted(found))
 
 
-def lay_out(plan: Plan, bank_of: Sequence[int], capacities: Sequence[int]) -> Layout:
+def lay_out(
+    plan: Plan,
+    bank_of: Sequence[int],
+    capacities: Sequence[int],
+    shares: Sequence[Sequence[Hashable]],
+) -> Layout:
     """Return the layout that a plan asks for.
 
     Args:
         plan: who shares which launch.
         bank_of: per species the number of its bank, in order of first occurrence.
         capacities: slots of each bank.
+        shares: per species and parameter, None where each slot has its own.
     """
     programs = {s: one.trace for s, one in enumerate(plan.species)}
     first = {b: s for s, b in reversed(list(enumerate(bank_of)))}
@@ -137,18 +157,46 @@ def lay_out(plan: Plan, bank_of: Sequence[int], capacities: Sequence[int]) -> La
         plan.nodes,
         {s: range(t.num_params, len(t.specs)) for s, t in programs.items()},
     )
+    stacks = tuple(_buffer(programs, group, bank_of) for group in params)
+    own = {
+        (b, leaf)
+        for b, s in first.items()
+        for leaf, m in enumerate(shares[s])
+        if m is None
+    }
     bare = [((s, -1),) for s, t in programs.items() if not t.input_specs]
     return Layout(
         components=components(len(programs), plan.nodes),
         bank_of=tuple(bank_of),
         capacities=tuple(capacities),
-        params=tuple(_buffer(programs, group, bank_of) for group in params),
+        params=stacks,
+        shelves=_shelve(stacks, capacities, own),
         inputs=(
             *(_buffer(programs, group) for group in inputs),
             *(Buffer(group, ((),), np.dtype(np.int8)) for group in bare),
         ),
         outputs=_outputs(plan, programs),
     )
+
+
+def _shelve(
+    stacks: Sequence[Buffer], capacities: Sequence[int], own: set[tuple[int, int]]
+) -> tuple[tuple[int, ...], ...]:
+    """Put small stacks of one shape on a shelf, if there are many stacks.
+
+    What all slots share stays apart: it has no rows. So does a lone slot's.
+    """
+    counts = dict(enumerate(capacities))
+    shelves: dict[Any, list[int]] = {}
+    for i, buffer in enumerate(stacks):
+        shape, rows = buffer.shape(counts), buffer.num_rows(counts)
+        size = math.prod(shape) * getattr(buffer.dtype, "itemsize", _SMALL_BYTES + 1)
+        is_small = size <= _SMALL_BYTES and rows > 1 and own.issuperset(buffer.members)
+        banks = tuple(b for b, _ in buffer.members)
+        is_shelved = is_small and len(stacks) > _MANY_STACKS
+        key = (banks, shape, buffer.dtype) if is_shelved else i
+        shelves.setdefault(key, []).append(i)
+    return tuple(map(tuple, shelves.values()))
 
 
 def _buffer(

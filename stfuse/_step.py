@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stfuse import _align, _rules
-from stfuse._bank import is_stacked
+from stfuse._bank import is_stacked, open_shelves
 from stfuse._errors import StfuseError
 from stfuse._evaluate import How, evaluate
 from stfuse._layout import Buffer, Layout
@@ -62,6 +62,7 @@ def make_step(
 
     def step(stacks: Any, slots: Any, inputs: Any) -> tuple[Any, ...]:
         counts = slot_counts(layout, slots)
+        stacks = open_shelves(layout, stacks)
         outputs: list[Any] = [None] * len(layout.outputs)
         for component in layout.components:
             present = [s for s in component if s in counts]

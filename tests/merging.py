@@ -79,7 +79,7 @@ def merged(
 
     A member's operands are the args that its function passes to the primitive, in
     order; literals of the traced op are taken from there. ``shared`` operands, equal in
-    all members, have no row axis.
+    all members, have no row axis. ``fill`` may be a tuple, of one for each operand.
     """
     ops = [op_of(name, fn, args) for fn, args in members]
     forms = {_rules.form(op) for op in ops}
@@ -94,12 +94,13 @@ def merged(
         ]
         for op, (_, args) in zip(ops, members, strict=True)
     ]
+    fills = fill if isinstance(fill, tuple) else (fill,) * len(wide.in_specs)
     operands = [
         stack_of(
             wide,
             i,
             [own[i] for own in values],
-            poison_of(spec.dtype) if fill is None else fill,
+            poison_of(spec.dtype) if fills[i] is None else fills[i],
         )
         for i, spec in enumerate(wide.in_specs)
     ]

@@ -127,7 +127,7 @@ def along(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
         shape[axis] = m
     ids = body.weight(*shape, dtype=np.int32)
     mode = ("clip", "fill", None)[a // 2 % 3]
-    options = {"fill_value": 0} if mode == "fill" else {}
+    options = {} if mode == "clip" else {"fill_value": 0}
     return jnp.take_along_axis(x, ids, axis, mode=mode, **options)
 
 

@@ -40,8 +40,8 @@ class Body:
         self.weights, self.specs = weights, []
         self.exact, self.is_exact = x, True
         self.key, self.kept = key, [(x, True)]
-        self.terms, self.coarse = 0, x.dtype == jnp.bfloat16
-        self.has_sums = False
+        self.terms, self.has_sums = 0, False
+        self.coarse = x.dtype == jnp.bfloat16
 
     def weight(self, *shape: int, dtype: Any = np.float32) -> Any:
         """Return the next parameter."""
@@ -133,9 +133,8 @@ def unary(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
     )
     if b % 2:
         return exact[a % len(exact)](x)
-    y = rounding[a % len(rounding)](floating(x))
     body.rounds()
-    return y
+    return rounding[a % len(rounding)](floating(x))
 
 
 def operand(body: Body, x: Any, b: int, m: int) -> Any:
@@ -171,10 +170,8 @@ def binary(body: Body, x: Any, a: int, b: int, m: int, n: int) -> Any:
         jnp.hypot,
     )[a % 10]
     if a % 10 in (5, 6, 9):
-        x = floating(x)
-        z = chosen(x, y)
         body.rounds()
-        return z
+        return chosen(floating(x), y)
     if chosen in jumps:
         x = body.sure(x)
         return chosen(x, jnp.asarray(m + 1, x.dtype))

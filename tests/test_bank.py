@@ -29,7 +29,8 @@ def layout_of(capacities, *arrays):
         for members, specs in arrays
     ]
     banks = tuple(range(len(capacities)))
-    return Layout((banks,), banks, tuple(capacities), tuple(params), (), ())
+    alone = tuple((i,) for i in range(len(params)))
+    return Layout((banks,), banks, tuple(capacities), tuple(params), alone, (), ())
 
 
 def single(specs, capacity):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 from stfuse import _rules
-from stfuse._rules import _shape
+from stfuse._rules import Merge, _shape
 from tests import merging
-from tests.merging import merged, op_of, pad_to, share
+from tests.merging import compute, merged, op_of, share, stack_of
 
 
 def drawn(*shape, seed=0, dtype="f"):
@@ -30,7 +30,7 @@ def drawn(*shape, seed=0, dtype="f"):
 
 
 def check(name, members):
-    merging.check(name, members, fills=(None, "even", "odd"), is_compiled=True)
+    merging.check(name, members, fills=("even", "odd"), is_compiled=True)
 
 
 def check_one(name, members, data):
@@ -63,23 +63,17 @@ def reshapes(*pairs):
 @pytest.mark.parametrize(
     "pairs",
     [
-        # split and merge heads of one width
         [((384,), (12, 32)), ((192,), (6, 32)), ((64,), (2, 32))],
         [((12, 32), (384,)), ((2, 32), (64,))],
         [((5, 3, 8), (5, 3, 2, 4)), ((1, 7, 40), (1, 7, 10, 4))],
-        # rows and time of one length; batch and features free
         [((2, 3, 5), (6, 5)), ((7, 3, 1), (21, 1)), ((4, 3, 9), (12, 9))],
         [((6, 5), (2, 3, 5)), ((21, 2), (7, 3, 2))],
-        # a run in the middle
         [((2, 5, 3, 7), (2, 15, 7)), ((4, 2, 3, 1), (4, 6, 1))],
-        # ones come and go
         [((1, 3, 5), (3, 5)), ((1, 7, 2), (7, 2))],
         [((3, 5), (3, 1, 5)), ((4, 2), (4, 1, 2))],
         [((3, 5), (3, 5, 1)), ((4, 2), (4, 2, 1))],
         [((1, 1), ()), ((1, 1), ())],
-        # both sides of a run have a leading axis
         [((4, 6), (8, 3)), ((2, 6), (4, 3)), ((10, 6), (20, 3))],
-        # a flattened image
         [((4, 4, 3), (48,)), ((9, 4, 3), (108,))],
     ],
 )
@@ -95,26 +89,24 @@ def test_a_reshape_keeps_a_clean_leading_axis():
     assert clean_axes("reshape", flat, None) == (False, False)
 
 
-def test_any_reshapes_of_one_form_are_exact():
-    """Exhaustive over small shapes, by the law alone: reshape of the padded."""
-    sizes, groups = defaultdict(list), defaultdict(list)
-    for rank in (1, 2, 3):
-        for shape in itertools.product((1, 2, 3, 4, 6), repeat=rank):
-            sizes[math.prod(shape)].append(shape)
-    for shapes in sizes.values():
-        for shape, to in itertools.permutations(shapes, 2):
-            ((fn, args),) = reshapes((shape, to))
-            op = op_of("reshape", fn, args)
+def test_any_small_reshapes_of_one_form_are_exact():
+    """All that may share a launch, in one launch; also those that need no index."""
+    shapes = [s for n in (1, 2, 3) for s in itertools.product((1, 2, 3, 4), repeat=n)]
+    groups = defaultdict(list)
+    for pair in itertools.permutations(shapes, 2):
+        if math.prod(pair[0]) == math.prod(pair[1]):
+            op = op_of("reshape", *reshapes(pair)[0])
+            groups[_rules.form(op)].append(op)
             groups[_shape._reshape_form(op)].append(op)
-    assert sum(len(ops) > 1 for ops in groups.values()) > 100
-    for ops in groups.values():
-        wide = _rules.widen(ops)
-        assert math.prod(wide.in_specs[0].shape) == math.prod(wide.specs[0].shape)
-        for op in ops:
-            x = drawn(*op.in_specs[0].shape)
-            y = pad_to(x, wide.in_specs[0].shape, 0).reshape(wide.specs[0].shape)
-            y = y[tuple(map(slice, op.specs[0].shape))]
-            np.testing.assert_array_equal(y, x.reshape(op.specs[0].shape))
+    groups = [tuple(ops) for ops in groups.values() if len(ops) > 1]
+    assert len(groups) > 50
+    for ops in groups:
+        wide, xs = _rules.widen(ops), [drawn(*op.in_specs[0].shape) for op in ops]
+        merge = Merge(ops, (1,) * len(ops), wide, compute)
+        (y,) = _rules.launch(merge, [stack_of(wide, 0, xs, np.nan)])
+        for row, x, op in zip(np.asarray(y.array), xs, ops, strict=True):
+            own = row[tuple(map(slice, op.specs[0].shape))]
+            np.testing.assert_array_equal(own, x.reshape(op.specs[0].shape))
 
 
 @given(st.data())
@@ -141,8 +133,7 @@ def test_transposes(order):
     shapes = [(3, 5, 2), (1, 7, 2), (4, 1, 6)]
     members = [bound(lax.transpose_p, s, permutation=order) for s in shapes]
     check("transpose", members)
-    clean = clean_axes("transpose", members, "odd")
-    assert clean == tuple(a == 1 for a in order)
+    assert clean_axes("transpose", members, "odd") == tuple(a == 1 for a in order)
 
 
 @pytest.mark.parametrize("dtype", ["i4", "?", "u1", "f2", jnp.bfloat16])
@@ -207,8 +198,7 @@ def iotas(axis, *shapes):
 def test_iota_is_one_array_for_all():
     members = iotas(1, (3, 5), (1, 7), (4, 1))
     check("iota", members)
-    (stack,) = merged("iota", members, 0)[1]
-    assert not stack.is_stacked
+    assert not merged("iota", members, 0)[1][0].is_stacked
 
 
 @pytest.mark.parametrize("reps", [[(2, 1), (2, 1)], [(3, 1), (2, 1)], [(2, 1), (0, 1)]])
@@ -259,7 +249,7 @@ def slices(starts, strides, *pairs):
     "starts, strides, pairs",
     [
         ((0, 0), None, [((3, 5), (2, 5)), ((7, 2), (7, 1))]),
-        ((1, 0), None, [((3, 5), (2, 5)), ((7, 2), (7, 1)), ((2, 2), (1, 1))]),
+        ((1, 0), None, [((3, 5), (2, 5)), ((7, 2), (7, 1)), ((2, 2), (2, 1))]),
         ((1, 2), (2, 3), [((3, 9), (3, 8)), ((8, 4), (7, 3))]),
         ((0,), (1,), [((5,), (5,)), ((9,), (4,))]),
     ],
@@ -302,8 +292,7 @@ def test_pads(value, pairs):
 
 def test_pads_with_values_of_their_own():
     config = [(1, 2, 0), (0, 1, 0)]
-    members = pads(3.0, ((3, 5), config)) + pads(np.nan, ((6, 1), config))
-    check("pad", members)
+    check("pad", pads(3.0, ((3, 5), config)) + pads(np.nan, ((6, 1), config)))
 
 
 def test_a_pad_of_literal_zeros_is_clean_where_nothing_is_cut():
@@ -328,7 +317,7 @@ def joined(*sizes):
 TURNS = ((0, 1), (1, 0))
 ZEROS = pads(0, ((3,), [(1, 0, 0)]))
 APART = [
-    # ones elsewhere, other runs, no data
+    # a one elsewhere, other runs, no data; unlike places in equal runs share by index
     ("reshape", reshapes(((3, 5), (1, 3, 5)), ((3, 5), (3, 1, 5)))),
     ("reshape", reshapes(((2, 3, 4), (6, 4)), ((2, 3, 4), (2, 12)))),
     ("reshape", reshapes(((0, 3), (3, 0)), ((2, 3), (3, 2)))),
@@ -344,6 +333,7 @@ APART = [
     ("tile", [bound(lax.tile_p, (n, 2), reps=(2, 1)) for n in (3, 4)]),
     ("concatenate", [joined(2, 4), joined(3, 4)]),
     ("concatenate", [joined(2, 4), joined(2, 2, 2)]),
+    ("split", [bound(lax.split_p, (6,), sizes=s, axis=0) for s in ((6,), (3, 3))]),
     ("slice", [slices((0,), (b,), ((5,), (4,)))[0] for b in (1, 2)]),
     ("pad", ZEROS + pads(0, ((3,), [(0, 1, 0)]))),
     ("pad", ZEROS + pads(0, ((3,), [(1, 0, 1)]))),

@@ -194,7 +194,8 @@ def _gather_form(op: Op) -> Hashable | None:
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims),
         numbers.start_index_map,
     )
-    return _numbers(numbers), mode, repr(op.params["fill_value"]), windows
+    fill = repr(op.params["fill_value"]) if mode == _FILL_OR_DROP else None
+    return _numbers(numbers), fill, windows
 
 
 def _gather_params(ops: Sequence[Op], ins: Any, outs: Any) -> dict[str, Any]:
