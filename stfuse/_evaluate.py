@@ -175,8 +175,15 @@ class _Loop:
         return [self._outer(group).array for group in self.carries]
 
     def stacked_xs(self) -> list[Any]:
-        """Return the xs, ``[T, R, ...]`` per group."""
-        return [jnp.moveaxis(self._outer(group).array, 1, 0) for group in self.xs]
+        """Return the xs, ``[T, R, ...]`` per group, T that of the longest scan of all."""
+        found = []
+        for group in self.xs:
+            x = jnp.moveaxis(self._outer(group).array, 1, 0)
+            if len(x) < self.length:
+                more = [(0, self.length - len(x)), *[(0, 0)] * (x.ndim - 1)]
+                x = jnp.pad(x, more)
+            found.append(x)
+        return found
 
     def _entered(self, carries: Sequence[Any], xs: Sequence[Any]) -> Env:
         """Return the values that a turn of the body starts with."""

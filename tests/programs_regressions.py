@@ -16,4 +16,14 @@ REGRESSIONS = (
         members=(0, 1, 1),
         rows=(2, 1, 3),
     ),
+    # Loops of unlike length whose xs no launch shares: all must be as long as one.
+    Batch(
+        programs=(
+            Program((2, 3), "float32", (("rnn", 1, 1, 1, 1), ("rnn", 1, 1, 5, 1))),
+            Program((5, 5), "float32", (("rnn", 1, 1, 7, 1), ("rnn", 1, 1, 2, 1))),
+            Program((3, 7), "float32", (("rnn", 1, 1, 1, 1), ("rnn", 1, 1, 1, 1))),
+        ),
+        members=(0, 1, 2),
+        max_waste=0.5,
+    ),
 )
