@@ -175,7 +175,7 @@ class _Loop:
         return [self._outer(group).array for group in self.carries]
 
     def stacked_xs(self) -> list[Any]:
-        """Return the xs, ``[T, R, ...]`` per group, T that of the longest scan of all."""
+        """Return the xs, ``[T, R, ...]`` per group, T of the longest scan."""
         found = []
         for group in self.xs:
             x = jnp.moveaxis(self._outer(group).array, 1, 0)

@@ -147,8 +147,9 @@ class _Merging:
                 continue
             partner = target.reads[p][0] if target and p < len(target.reads) else None
             j = self.places[d]
-            is_free = isinstance(partner, Draft) and self.s not in partner.members
-            if not (is_free and self.join(self.spots[partner], j)):
+            if not isinstance(partner, Draft) or self.s in partner.members:
+                self.alone(j)
+            elif not self.join(self.spots[partner], j):
                 self.alone(j)
 
     def light(self, there: range, here: range) -> None:

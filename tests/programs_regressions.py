@@ -19,9 +19,39 @@ REGRESSIONS = (
     # Loops of unlike length whose xs no launch shares: all must be as long as one.
     Batch(
         programs=(
-            Program((2, 3), "float32", (("rnn", 1, 1, 1, 1), ("rnn", 1, 1, 5, 1))),
-            Program((5, 5), "float32", (("rnn", 1, 1, 7, 1), ("rnn", 1, 1, 2, 1))),
-            Program((3, 7), "float32", (("rnn", 1, 1, 1, 1), ("rnn", 1, 1, 1, 1))),
+            Program(
+                (2, 3),
+                "float32",
+                (
+                    ("conv", 19, 18, 5, 3),
+                    ("reshape", 17, 17, 2, 5),
+                    ("reduction", 0, 31, 1, 3),
+                    ("rnn", 1, 25, 1, 1),
+                    ("rnn", 1, 25, 5, 3),
+                ),
+            ),
+            Program(
+                (5, 5),
+                "float32",
+                (
+                    ("conv", 19, 18, 5, 1),
+                    ("reshape", 17, 17, 1, 1),
+                    ("reduction", 0, 31, 3, 5),
+                    ("rnn", 1, 25, 7, 7),
+                    ("rnn", 1, 25, 2, 7),
+                ),
+            ),
+            Program(
+                (3, 7),
+                "float32",
+                (
+                    ("conv", 19, 18, 3, 7),
+                    ("reshape", 17, 17, 3, 1),
+                    ("reduction", 0, 31, 5, 1),
+                    ("rnn", 1, 25, 1, 1),
+                    ("rnn", 1, 25, 1, 3),
+                ),
+            ),
         ),
         members=(0, 1, 2),
         max_waste=0.5,

@@ -247,6 +247,27 @@ def test_unlike_jobs_answer_inside_while_loop():
         assert_same(np.asarray(outs[name]), y, SIZED)
 
 
+def test_loops_of_unlike_lengths_and_bodies_share_no_xs_but_turns():
+    def job(name, length, read):
+        def rnn(params, x):
+            turn = lambda h, row: (jnp.tanh(h @ params + read(row)), h)  # noqa: E731
+            return jax.vmap(lambda x: lax.scan(turn, jnp.zeros(3), x))(x)
+
+        params = functions.weights(length, (3, 3))[0]
+        return stfuse.Job(name, rnn, params, np.ones((1, length, 5), "f"))
+
+    jobs = [job("long", 4, lambda row: row.max()), job("short", 2, lambda row: row[2])]
+    fused = stfuse.fuse(jobs, cost="h200")
+    assert "scan" in {x.primitive for x in fused.plan.launches if len(x.jobs) == 2}
+    requests = {
+        job.name: functions.normal(np.random.default_rng(0), 2, *job.row.shape)
+        for job in jobs
+    }
+    outs = fused(fused.pack(), requests)
+    for name, x in requests.items():
+        assert_same(outs[name], alone(fused.jobs[name], x), SIZED)
+
+
 def test_jobs_of_several_dtypes_are_never_in_one_launch():
     def dense(params, x):
         return jax.nn.relu(x @ params) @ params.T

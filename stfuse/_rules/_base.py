@@ -8,6 +8,7 @@ An axis is *clean* if its padding is zero by construction.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,11 +148,9 @@ def mask(x: Stack, axes: Axes, fill: Any = 0) -> Stack:
     axes = [a for a in axes if not (x.is_full(a) or (is_zero and x.clean[a]))]
     if not axes:
         return x
-    keep, is_stacked = None, x.is_stacked
-    for a in axes:
-        here, by_row = inside(x, a)
-        is_stacked = is_stacked or by_row
-        keep = here if keep is None else keep & here
+    masks = [inside(x, a) for a in axes]
+    is_stacked = x.is_stacked or any(by_row for _, by_row in masks)
+    keep = functools.reduce(jnp.logical_and, [here for here, _ in masks])
     array = x.array if x.is_stacked == is_stacked else x.array[None]
     keep = keep if is_stacked else keep[0]
     array = jnp.where(keep, array, jnp.asarray(fill, x.array.dtype))
