@@ -10,6 +10,7 @@ any other partner comes after all partners found so far.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -27,7 +28,7 @@ from stfuse._draft import (
 )
 
 # Beyond this many pairs of heavy ops, only those near the diagonal are compared.
-_MAX_PAIRS = 200_000
+_MAX_PAIRS = 6_000
 
 
 def merge(profile: list[Draft], own: list[Draft], s: int, terms: Terms) -> list[Draft]:
@@ -66,7 +67,8 @@ def _match_heavy(
     gap_s = terms.cost.launch_s / 4
     # From (i, j) on: the most that is saved, at all, and by pairing these two.
     best = [[0.0] * (m + 1) for _ in range(n + 1)]
-    paired = [[0.0] * (m + 1) for _ in range(n + 1)]
+    paired = [[-math.inf] * (m + 1) for _ in range(n + 1)]
+    paired[n][m] = 0.0  # the ends line up as a pair does, and so do the beginnings
     for i in range(n - 1, -1, -1):
         row, below, middle = best[i], best[i + 1], i * m // n
         for j in range(m - 1, -1, -1):
@@ -75,14 +77,15 @@ def _match_heavy(
                 continue
             joint = _joint(profile[left[i]], own[right[j]], s, terms)
             if joint is not None and joint.gain_s > 0:
-                after = max(paired[i + 1][j + 1], below[j + 1] - gap_s, 0.0)
+                after = max(paired[i + 1][j + 1], below[j + 1] - gap_s)
                 near = _likeness(profile[left[i]], own[right[j]]) * 2 * gap_s
                 paired[i][j] = joint.gain_s + near + after
                 row[j] = max(row[j], paired[i][j])
     pairs: list[tuple[int, int]] = []
     i = j = 0
+    is_next = paired[0][0] >= best[0][0] - gap_s
     while i < n and j < m and best[i][j] > (gap_s if pairs else 0.0):
-        if paired[i][j] == best[i][j]:
+        if paired[i][j] == best[i][j] or (is_next and not pairs):
             while i < n and j < m and paired[i][j] > 0:
                 pairs.append((left[i], right[j]))
                 i, j = i + 1, j + 1
@@ -279,9 +282,12 @@ def _joint(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
 def _joint_scan(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
     """Return a loop that runs the bodies of one more species, aligned inside."""
     body = merge(copied(target.body or ()), copied(draft.body or ()), s, terms)
+    heavy = [d for d in body if d.op.is_heavy]
+    if heavy and not any(s in d.members and len(d.members) > 1 for d in heavy):
+        return None  # only the loops themselves would be one
     turns = max(target.turns, draft.turns)
     cost_s = loop_s(body, turns, terms)
-    done = turns * sum(padded_work(d) for d in body if d.op.is_heavy)
+    done = turns * sum(map(padded_work, heavy))
     gain_s = target.cost_s + draft.cost_s - cost_s
     if is_wasteful(done, target.work + draft.work, terms):
         gain_s = 0.0

@@ -18,6 +18,7 @@ import numpy as np
 
 import stfuse
 from stfuse import _rules, _step
+from stfuse._bank import open_shelves
 from stfuse._evaluate import How, Probe, evaluate
 from stfuse._inputs import check_inputs
 from stfuse._program import Literal, Op
@@ -131,6 +132,7 @@ def _checked(
     """Evaluate each component of a plan under a check of its own."""
     layout, plan = fused._layout, fused.plan
     counts = _step.slot_counts(layout, slots)
+    stacks = open_shelves(layout, stacks)
     checks = []
     for component in layout.components:
         present = {s: counts[s] for s in component if s in counts}

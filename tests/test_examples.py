@@ -20,6 +20,13 @@ SMALLEST = {
         "--rounds=1",
     ],
     "bench_lowering": ["--smoke", "--jobs=2", "--repeats=1"],
+    "bench_planning": [
+        "--jobs=4",
+        "--species=2",
+        "--layers=1",
+        "--chains=3",
+        "--chain_ops=40",
+    ],
     "decode_loop": ["--smoke", "--repeats=1"],
     "fuse_dissimilar": ["--calls=2"],
     "models_equal": ["--smoke", "--jobs=2", "--only=MLP,GRU-512", "--dtypes=float32"],
@@ -61,6 +68,13 @@ def test_the_benchmark_of_lowerings_prints_its_table():
     result = run("-m", "examples.bench_lowering", *SMALLEST["bench_lowering"])
     assert result.returncode == 0, result.stderr
     assert "patches" in result.stdout
+
+
+def test_the_benchmark_of_the_planner_prints_its_table():
+    result = run("-m", "examples.bench_planning", *SMALLEST["bench_planning"])
+    assert result.returncode == 0, result.stderr
+    for word in ("align s", "32 -> 8", "30 -> 10"):
+        assert word in result.stdout
 
 
 def test_the_benchmark_of_unlike_jobs_checks_prints_and_saves(tmp_path):
