@@ -91,13 +91,19 @@ def check_answers(batch):
         assert_untouched(answers(batch, fused, run(*args)), clean, name)
     weak = {**params, name: spoiled(params[name], np.nan)}
     args = fused.pack({name: weak[name]}), fused.stack(requests), weak, requests
-    assert_untouched(answers(batch, fused, run(*args)), clean, name)
+    # What a NaN in a kernel makes of the zeros around an image is the backend's choice:
+    # it differs between two ways of computing one convolution alone.
+    own = programs.program_of(batch, name)
+    but = name if any("conv" in step[0] for step in own.steps) else None
+    assert_untouched(answers(batch, fused, run(*args), but), clean, name)
 
 
-def answers(batch, fused, found):
-    """Return a call's answers, each the same as alone."""
+def answers(batch, fused, found, but=None):
+    """Return a call's answers, each (but one) the same as alone."""
     outs, expected = fused.split(found[0]), found[1]
     for name, y in expected.items():
+        if name == but:
+            continue
         assert_same(outs[name], y, programs.program_of(batch, name))
     return outs
 
