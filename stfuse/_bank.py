@@ -286,7 +286,7 @@ def _update(arrays: list[Any], written: list[Any]) -> list[Any]:
 def _put(array: Any, change: tuple[Any, tuple[Any, ...]]) -> Any:
     x, place = change
     shape = array.shape[len(place) :]
-    x = jnp.reshape(_padded(x, shape), (*(1,) * len(place), *shape))
+    x = jnp.reshape(padded(x, shape), (*(1,) * len(place), *shape))
     origin = [np.int32(0)] * len(shape)
     return jax.lax.dynamic_update_slice(array, x, (*place, *origin))
 
@@ -295,11 +295,13 @@ _write = jax.jit(_update)
 _write_donating = functools.partial(jax.jit, donate_argnums=0)(_update)
 
 
-def _padded(x: Any, shape: tuple[int, ...]) -> Any:
-    if np.shape(x) == tuple(shape):
+def padded(x: Any, shape: tuple[int, ...], num_lead: int = 0) -> Any:
+    """Return an array with zeros at the ends of its axes; the first few stay."""
+    true = np.shape(x)[num_lead:]
+    if true == tuple(shape):
         return x
-    more = [(0, w - n) for n, w in zip(np.shape(x), shape, strict=True)]
-    return jnp.pad(x, more)
+    more = [(0, w - n) for n, w in zip(true, shape, strict=True)]
+    return jnp.pad(x, [(0, 0)] * num_lead + more)
 
 
 def _as(x: Any, dtype: Any) -> Any:
@@ -331,7 +333,7 @@ def _stack(buffer: Buffer, own: Sequence[Sequence[Any]], capacities: Any) -> Any
     for (b, _), column in zip(buffer.members, columns, strict=True):
         piece = jnp.stack([jnp.asarray(x) for x in column])
         empty = capacities[b] - len(column)
-        pieces.append(_padded(piece, (len(column), *shape)))
+        pieces.append(padded(piece, shape, 1))
         if empty:
             pieces.append(jnp.zeros((empty, *shape), piece.dtype))
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)

@@ -77,10 +77,37 @@ def evaluate(env: Env, nodes: Sequence[Node], how: How) -> None:
                 _run(env, members, ops, how)
 
 
+def _run_indexed(
+    env: Env, members: Sequence[tuple[int, int]], op: Op, how: How
+) -> bool:
+    """Run a product of equal ops on weights that are not gathered, if there is a way.
+
+    Returns:
+        Whether it was run.
+    """
+    s, _ = members[0]
+    if len(members) > 1 or len(op.inputs) != 2 or how.lowering == "native":
+        return False
+    rows, weights = op.inputs
+    if isinstance(weights, Literal) or env.values[s, weights].index is None:
+        return False
+    held, spec = env.values[s, weights], op.in_specs[1]
+    num_slots = held.array.shape[0]
+    if held.shape != tuple(spec.shape) or not _lower.can_index(op, num_slots):
+        return False
+    x = _rules.to_stacked(read(env, [(s, rows)], op.in_specs[:1], op.in_specs[0].shape))
+    (y,) = _lower.indexed(op, x.array, held.array, held.index)
+    merge = Merge((op,), (env.counts[s],), op, lambda *_: ())
+    env.put([s], op.outputs, merge.output(0, y, True))
+    return True
+
+
 def _run(
     env: Env, members: Sequence[tuple[int, int]], ops: Sequence[Op], how: How
 ) -> None:
     """Run one launch."""
+    if _run_indexed(env, members, ops[0], how):
+        return
     species = [s for s, _ in members]
     wide = _rules.widen(ops)
 
@@ -208,7 +235,7 @@ class _Loop:
                 env.values[s, inner.num_params + q] = (
                     _alone(s, jnp.asarray(atom.value, atom.spec.dtype))
                     if isinstance(atom, Literal)
-                    else self.env.values[s, atom]
+                    else self.env.held((s, atom))
                 )
         return env
 

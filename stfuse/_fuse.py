@@ -23,6 +23,7 @@ from stfuse._program import Trace
 from stfuse._stacked import Stacked, StackedOutputs, cut, fill, resized, to_host
 from stfuse._step import make_step
 from stfuse._trace import trace, trace_vjp
+from stfuse._tuned import TunedStep
 from stfuse._types import Cost
 
 
@@ -44,8 +45,9 @@ def fuse(
         jobs: one or more `Job`, with names that differ.
         max_waste: most padded work over true work, minus one, of any launch; None
             leaves it to the cost model. Equal jobs waste nothing.
-        lowering: ``"auto"`` picks how each launch is computed for the device of
-            ``cost``; ``"native"`` always maps the primitive itself.
+        lowering: how launches are computed. ``"auto"`` measures the ways on the live
+            device, if ``cost`` is of it, within a budget, and remembers on disk;
+            ``"heuristic"`` never measures; ``"native"`` always maps the primitive.
         cost: ``"auto"`` (measured on the live device), ``"h200"``, ``"cpu"`` or a
             `Cost`. Planning for a device that is not here still gives exact answers.
 
@@ -120,17 +122,13 @@ class Fused:
             for job in jobs
             for length, program in enumerate(job.programs)
         ]
-        labels = [
-            f"{name}[{length}]" if self.jobs[name].by_length else name
-            for name, length, _ in self._programs
-        ]
         traces = [trace(p) for _, _, p in self._programs]
         species = group(traces)
         bank_of = self._bank_of(species)
         sizes = [len(one.members) for one in species]
         shares = _bank.marks(self._columns(species), sizes)
         plan = align(
-            labels,
+            self._labels(),
             traces,
             cost,
             max_waste=max_waste,
@@ -149,8 +147,13 @@ class Fused:
             param_bytes=held,
         )
         vjps = [self._vjps(s) for s in range(len(plan.species))]
-        step = make_step(plan, self._layout, cost=cost, lowering=lowering, vjps=vjps)
-        self._step = jax.jit(step)
+        self._step = TunedStep(
+            lambda mode: make_step(
+                plan, self._layout, cost=cost, lowering=mode, vjps=vjps
+            ),
+            self.plan,
+            lowering,
+        )
 
     def pack(self, params: Mapping[str, Any] | None = None) -> Bank:
         """Stack the jobs' parameters on the device.
@@ -290,6 +293,13 @@ class Fused:
             RequestError: as `stack`.
         """
         return self.split(self.step(bank, self.stack(inputs)))
+
+    def _labels(self) -> list[str]:
+        """Return what the plan calls each program."""
+        return [
+            f"{name}[{length}]" if self.jobs[name].by_length else name
+            for name, length, _ in self._programs
+        ]
 
     def _job(self, call: str, name: str, error: type = JobError) -> Job:
         if name not in self.jobs:

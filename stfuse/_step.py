@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,11 +23,12 @@ from stfuse import _align, _rules
 from stfuse._bank import is_stacked, open_shelves
 from stfuse._errors import StfuseError
 from stfuse._evaluate import How, evaluate
-from stfuse._layout import Buffer, Layout
+from stfuse._layout import Layout
+from stfuse._part import Part
 from stfuse._plan import Plan
 from stfuse._program import Literal, Trace, is_inexact
 from stfuse._types import Cost
-from stfuse._values import Env, Held, assemble, read
+from stfuse._values import Env, Held, read
 
 # Rows to the derivative's programs, one per variant among the species' jobs.
 VjpFn = Callable[[int], Sequence[Trace]]
@@ -49,7 +49,8 @@ def make_step(
         plan: who shares which launch.
         layout: where leaves stand.
         cost: the device that lowerings are chosen for.
-        lowering: ``"auto"`` or ``"native"``.
+        lowering: one of `_lower.LOWERINGS`, or ``"apart"``: nothing is shared, each
+            slot's program is computed by itself.
         vjps: per species, its derivative programs by rows, and the index of the one
             that each slot uses; None for a step that is never differentiated.
 
@@ -67,11 +68,11 @@ def make_step(
         for component in layout.components:
             present = [s for s in component if s in counts]
             if present:
-                part = _Part(plan, layout, {s: counts[s] for s in present})
+                part = Part(plan, layout, {s: counts[s] for s in present})
                 run = _differentiable(part, cost, lowering, vjps)
-                views = part.views(stacks, slots)
+                used = {view.array: stacks[view.array] for view in part.params}
                 index = {s: slots[s] for s in present}
-                own = run(views, [inputs[i] for i in part.inputs], index)
+                own = run(used, [inputs[i] for i in part.inputs], index)
                 for i, x in zip(part.outputs, own, strict=True):
                     outputs[i] = x
         return tuple(outputs)
@@ -88,142 +89,31 @@ def slot_counts(layout: Layout, slots: Sequence[Any]) -> dict[int, int]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """Parameters as a step uses them: one array.
-
-    Attributes:
-        array: which array of the bank it comes from.
-        members: ``(species, leaf)`` in the order of its rows.
-    """
-
-    array: int
-    members: tuple[tuple[int, int], ...]
-
-
-class _Part:
-    """A component's species that take part in a step."""
-
-    def __init__(self, plan: Plan, layout: Layout, counts: Mapping[int, int]) -> None:
-        self.plan, self.layout, self.counts = plan, layout, counts
-        self.traces = {s: plan.species[s].trace for s in counts}
-        self.inputs = self._taking_part(layout.inputs)
-        self.outputs = self._taking_part(layout.outputs)
-        self.params = self._params()
-
-    def taking(self, buffer: Buffer) -> list[tuple[int, int]]:
-        """Return the members of a buffer that take part."""
-        return [member for member in buffer.members if member[0] in self.counts]
-
-    def _taking_part(self, buffers: Sequence[Buffer]) -> list[int]:
-        return [i for i, buffer in enumerate(buffers) if self.taking(buffer)]
-
-    def _params(self) -> list[_View]:
-        """Return the views of the bank that the species need.
-
-        Programs of one job at several lengths read the same rows: each has a view.
-        """
-        rounds: list[dict[int, int]] = []  # bank to species
-        for s in self.counts:
-            bank = self.layout.bank_of[s]
-            free = [taken for taken in rounds if bank not in taken]
-            if not free:
-                free = [{}]
-                rounds += free
-            free[0][bank] = s
-        return [
-            _View(i, tuple(sorted((taken[b], leaf) for b, leaf in own)))
-            for taken in rounds
-            for i, buffer in enumerate(self.layout.params)
-            if (own := [(b, leaf) for b, leaf in buffer.members if b in taken])
-        ]
-
-    def views(self, stacks: Sequence[Any], slots: Sequence[Any]) -> list[Any]:
-        """Return the parameters of the named slots, one array per view."""
-        return [self._view(view, stacks[view.array], slots) for view in self.params]
-
-    def _view(self, view: _View, stack: Any, slots: Sequence[Any]) -> Any:
-        buffer = self.layout.params[view.array]
-        if not is_stacked(stack, buffer):
-            return stack
-        starts = buffer.starts(dict(enumerate(self.layout.capacities)))
-        index, is_whole, at = [], True, 0
-        for s, _ in view.members:
-            bank = self.layout.bank_of[s]
-            is_whole = is_whole and slots[s] is None and starts[bank] == at
-            own = np.arange(self.counts[s]) if slots[s] is None else slots[s]
-            index.append(own + np.int32(starts[bank]))
-            at += self.counts[s]
-        if is_whole and at == stack.shape[0]:
-            return stack
-        return jnp.take(stack, jnp.concatenate(index), axis=0, mode="clip")
-
-    def env(self, programs: Mapping[int, Trace], views: Sequence[Any]) -> Env:
-        """Return an evaluation's values: parameters only."""
-        env = Env(programs, self.counts)
-        for view, array in zip(self.params, views, strict=True):
-            stacked = is_stacked(array, self.layout.params[view.array])
-            ndim = array.ndim - stacked
-            starts = env.starts([s for s, _ in view.members])
-            held = Held(array, stacked, (True,) * ndim, starts)
-            for s, leaf in view.members:
-                env.values[s, leaf] = held
-        return env
-
-    def enter(self, env: Env, inputs: Sequence[Any]) -> None:
-        """Add the inputs."""
-        for i, array in zip(self.inputs, inputs, strict=True):
-            taking = self.taking(self.layout.inputs[i])
-            starts = env.starts([s for s, _ in taking])
-            held = Held(array, True, (True,) * (array.ndim - 1), starts)
-            for s, leaf in taking:
-                if leaf >= 0:
-                    env.values[s, self.traces[s].num_params + leaf] = held
-
-    def leave(self, env: Env) -> list[Any]:
-        """Return the outputs, one array per buffer."""
-        found = []
-        for i in self.outputs:
-            taking = self.taking(self.layout.outputs[i])
-            values = [(s, self.traces[s].outputs[leaf]) for s, leaf in taking]
-            specs = [self.traces[s].out_specs[leaf] for s, leaf in taking]
-            found.append(assemble(env, values, specs).array)
-        return found
-
-    def run_rows(
-        self, cost: Cost, lowering: str, views: Sequence[Any], inputs: Sequence[Any]
-    ) -> list[Any]:
-        """Run the programs over all rows of all slots."""
-        how = How(inputs[0].shape[1], cost, lowering)
-
-        def one_row(views: Any, row: Any) -> list[Any]:
-            env = self.env(self.traces, views)
-            self.enter(env, row)
-            evaluate(env, self.plan.nodes, how)
-            return self.leave(env)
-
-        return jax.vmap(one_row, in_axes=(None, 1), out_axes=1)(views, list(inputs))
-
-
 def _differentiable(
-    part: _Part, cost: Cost, lowering: str, vjps: Vjps | None
+    part: Part, cost: Cost, lowering: str, vjps: Vjps | None
 ) -> Callable[..., list[Any]]:
-    """Return ``run(views, inputs, slots)`` of a component, with its derivative."""
-    run_rows = functools.partial(part.run_rows, cost, lowering)
+    """Return ``run(stacks, inputs, slots)`` of a component, with its derivative."""
+    if lowering == "apart":
+        run_rows = functools.partial(part.run_apart, cost)
+        lowering = "heuristic"  # of the derivative
+    else:
+        run_rows = functools.partial(part.run_rows, cost, lowering)
+
+    def run_named(stacks: Any, inputs: Any, slots: Any) -> list[Any]:
+        return run_rows(part.named(stacks, slots), inputs)
+
     if vjps is None:
-        return lambda views, inputs, slots: run_rows(views, inputs)
+        return run_named
+    run = jax.custom_vjp(run_named)
 
-    @jax.custom_vjp
-    def run(views: Any, inputs: Any, slots: Any) -> list[Any]:
-        return run_rows(views, inputs)
-
-    def forward(views: Any, inputs: Any, slots: Any) -> Any:
-        return run_rows(views, inputs), (views, inputs, slots)
+    def forward(stacks: Any, inputs: Any, slots: Any) -> Any:
+        return run_named(stacks, inputs, slots), (stacks, inputs, slots)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        views, inputs, slots = residuals
+        stacks, inputs, slots = residuals
         moving = [c if is_inexact(c) else None for c in cotangents]
-        views, inputs, moving = _differentiate_once((views, inputs, moving))
+        stacks, inputs, moving = _differentiate_once((stacks, inputs, moving))
+        views, unview = jax.vjp(lambda stacks: part.views(stacks, slots), stacks)
         rows = inputs[0].shape[1]
         traces = {s: list(vjps[s][0](rows)) for s in part.counts}
         results = [
@@ -235,18 +125,30 @@ def _differentiable(
             )
             for v in range(max(map(len, traces.values())))
         ]
-        return (*_summed(part, _picked(part, results, vjps, slots), views), None)
+        picked = _picked(part, results, vjps, slots)
+        of_views, of_inputs = _summed(part, picked, views)
+        (of_stacks,) = unview(list(map(_like, of_views, views)))
+        return of_stacks, of_inputs, None
 
     run.defvjp(forward, backward)
     return run
 
 
+def _like(cotangent: Any, x: Any) -> Any:
+    """Return a cotangent of an array: zeros if there is none."""
+    if cotangent is not None:
+        return cotangent
+    if is_inexact(x):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
 def _pull_back(
-    part: _Part, programs: Mapping[int, Trace], how: How, given: Any
+    part: Part, programs: Mapping[int, Trace], how: How, given: Any
 ) -> list[Any]:
     """Return the cotangents of views, then inputs, a row per slot; None is zero."""
     views, inputs, cotangents = given
-    env = part.env(programs, views)
+    env = part.env(programs, [(x, None) for x in views])
     part.enter(env, inputs)
     for i, array in zip(part.outputs, cotangents, strict=True):
         if array is not None:
@@ -275,7 +177,7 @@ def _pull_back(
 
 
 def _gradient(
-    part: _Part, env: Env, values: Sequence[tuple[int, int]], shape: tuple[int, ...]
+    part: Part, env: Env, values: Sequence[tuple[int, int]], shape: tuple[int, ...]
 ) -> Any:
     """Return the cotangent of some values as one array: zero wherever it is padding.
 
@@ -312,7 +214,7 @@ def _places(trace: Trace) -> dict[int, int]:
 
 
 def _picked(
-    part: _Part, results: Sequence[list[Any]], vjps: Vjps, slots: Mapping[int, Any]
+    part: Part, results: Sequence[list[Any]], vjps: Vjps, slots: Mapping[int, Any]
 ) -> list[Any]:
     """Return each slot's gradients from the variant of the derivative that it has."""
     if len(results) == 1:
@@ -338,7 +240,7 @@ def _picked(
     return list(map(pick, species, zip(*results, strict=True)))
 
 
-def _summed(part: _Part, grads: list[Any], views: Sequence[Any]) -> tuple[Any, Any]:
+def _summed(part: Part, grads: list[Any], views: Sequence[Any]) -> tuple[Any, Any]:
     """Return cotangents like views and inputs; shared leaves get the sum over slots."""
     of_views = []
     for view, array, grad in zip(part.params, views, grads, strict=False):

@@ -34,12 +34,15 @@ class Held:
         is_stacked: whether it has rows.
         clean: per axis of a row, whether its padding is zero.
         starts: per species its first row.
+        index: if not None, which rows of the array are meant, in order: a stack of
+            which only some slots take part, not gathered before someone has to.
     """
 
     array: Any
     is_stacked: bool
     clean: tuple[bool, ...]
     starts: Mapping[int, int]
+    index: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,6 +68,18 @@ class Env:
         """Return the true shape and dtype of a program's input or parameter."""
         s, number = value
         return self.programs[s].specs[number]  # type: ignore[index]
+
+    def held(self, value: tuple[int, int]) -> Held:
+        """Return the array that holds a value, gathered if it was not."""
+        found = self.values[value]
+        if found.index is None:
+            return found
+        array = jnp.take(found.array, found.index, axis=0, mode="clip")
+        ready = replace(found, array=array, index=None)
+        for other, held in self.values.items():
+            if held is found:
+                self.values[other] = ready
+        return ready
 
     def put(self, species: Sequence[int], numbers: Sequence[int], x: Stack) -> Held:
         """Keep a stack as a value of some species, rows in their order."""
@@ -118,9 +133,9 @@ def _lined_up(env: Env, values: Sequence[Value], counts: Sequence[int]) -> Stack
     s, first = values[0]
     if isinstance(first, Literal):
         return _constant(values, counts)
-    held = env.values[s, first]
+    held = env.held((s, first))
     for s, atom in values[1:]:
-        if isinstance(atom, Literal) or env.values[s, atom] is not held:
+        if isinstance(atom, Literal) or env.held((s, atom)) is not held:
             return None
     array, num_rows = held.array, sum(counts)
     if held.is_stacked:
@@ -157,7 +172,7 @@ def _piece(env: Env, value: Value, spec: Any, count: int, sizes: np.ndarray) -> 
     if isinstance(atom, Literal):
         array = jnp.asarray(atom.value, atom.spec.dtype)
         return Stack(array, False, sizes, (False,) * len(spec.shape))
-    held = env.values[s, atom]
+    held = env.held((s, atom))
     array = held.array
     if held.is_stacked:
         start = held.starts[s]

@@ -1,7 +1,14 @@
 """Settings of the whole suite; nothing else is global."""
 
+import os
+
 import hypothesis
 import jax
+
+# What is measured depends on the machine, and so would what is tested: tests that are
+# about measuring set their own budget and folder.
+os.environ["STFUSE_MEASURE_BUDGET_S"] = "0"
+os.environ["STFUSE_CACHE_DIR"] = ""
 
 # A GPU rounds float32 products to TF32 by default: no comparison would be fair.
 jax.config.update("jax_default_matmul_precision", "highest")

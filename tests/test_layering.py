@@ -11,12 +11,16 @@ PACKAGE = ROOT / "stfuse"
 # In import order: a file imports only files above it.
 ORDER = (
     "_errors _types _tree _lengths _job _inputs _fingerprint _program _trace _cost "
-    "_rules _plan _draft _merge _align _lower _values _evaluate _layout _bank _step "
-    "_stacked _cache _fuse _metrics _scheduler _device _lane _flight _server _builder "
-    "_engine __init__ testing"
+    "_rules _plan _draft _merge _align _lower _values _evaluate _layout _bank _part "
+    "_step _stacked _cache _tuned _fuse _metrics _scheduler _device _lane _flight "
+    "_server _builder _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
-RULES = "_base _moves _contract _elementwise _index _reduce _shape __init__".split()
+FOLDERS = {
+    "_rules": "_base _moves _contract _elementwise _index _reduce _shape __init__",
+    "_lower": "_store _measure _tiles _conv _conv_kernel _dot _indexed __init__",
+}
+ROOMS = [(room, stem) for room, stems in FOLDERS.items() for stem in stems.split()]
 SOURCES = sorted(
     path
     for room in ("stfuse", "models", "examples")
@@ -68,14 +72,15 @@ def entries(folder):
 
 def test_every_file_of_the_package_has_its_place_in_the_order():
     assert sorted(ORDER) == entries(PACKAGE)
-    assert sorted(RULES) == entries(PACKAGE / "_rules")
+    for room, stems in FOLDERS.items():
+        assert sorted(stems.split()) == entries(PACKAGE / room)
 
 
-@pytest.mark.parametrize("stem", RULES)
-def test_a_rule_imports_only_rules_above_it(stem):
-    path = PACKAGE / "_rules" / f"{stem}.py"
-    found = imported_from(path, "stfuse._rules", RULES)
-    above = set(RULES[: RULES.index(stem)])
+@pytest.mark.parametrize(("room", "stem"), ROOMS)
+def test_a_file_in_a_folder_imports_only_those_above_it(room, stem):
+    stems = FOLDERS[room].split()
+    found = imported_from(PACKAGE / room / f"{stem}.py", f"stfuse.{room}", stems)
+    above = set(stems[: stems.index(stem)])
     assert found <= above, f"{stem} imports {found - above}"
 
 

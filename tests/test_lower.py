@@ -15,6 +15,7 @@ from jax import lax
 import stfuse
 from stfuse import _lower, _trace
 from stfuse._cost import RECORDS
+from stfuse._lower import _conv
 from tests import cases
 from tests.cases import BY_NAME
 
@@ -158,8 +159,11 @@ def test_every_way_to_convolve_is_the_convolution(c):
         )
         for k in range(NUM_SLOTS)
     ]
-    ways = ["native", "unrolled", *(["patches"] if _lower.is_patchable(op) else [])]
     both = (True, True)
+    ways = _lower.candidates(op, both, 1, NUM_SLOTS)
+    if _conv.is_patchable(op):
+        assert {"native", "unrolled", "patches"} <= set(ways)
+    assert ("scaled" in ways) == _conv.is_depthwise(op)
 
     @jax.jit
     def every_way(x, w):
@@ -170,7 +174,7 @@ def test_every_way_to_convolve_is_the_convolution(c):
 
 
 @pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("way", ["native", "unrolled", "patches"])
+@pytest.mark.parametrize("way", ["native", "unrolled", "patches", "shifted"])
 def test_an_operand_that_slots_share_is_used_by_each(way, flags):
     case = BY_NAME["conv"]
     job = cases.job(case, 0)
@@ -194,7 +198,7 @@ def test_an_operand_that_slots_share_is_used_by_each(way, flags):
         (ml_dtypes.bfloat16, "f"),
     ],
 )
-def test_patches_keep_the_convolutions_dtype_and_accumulator(dtype, preferred):
+def test_ways_keep_the_convolutions_dtype_and_accumulator(dtype, preferred):
     rng = np.random.default_rng(0)
     x = rng.integers(-3, 4, (NUM_SLOTS, 1, 5, 5, 2)).astype(dtype)
     w = rng.integers(-3, 4, (NUM_SLOTS, 3, 3, 2, 3)).astype(dtype)
@@ -207,11 +211,13 @@ def test_patches_keep_the_convolutions_dtype_and_accumulator(dtype, preferred):
         preferred_element_type=preferred,
     )
     assert op.specs[0].dtype == (preferred or dtype)
-    native, patches = (
-        compute(way, op, (x, w), (True, True)) for way in ("native", "patches")
+    native, patches, shifted = (
+        compute(way, op, (x, w), (True, True))
+        for way in ("native", "patches", "shifted")
     )
-    assert patches.dtype == op.specs[0].dtype
-    np.testing.assert_array_equal(patches.astype("f"), native.astype("f"))  # small sums
+    assert patches.dtype == shifted.dtype == op.specs[0].dtype
+    for found in (patches, shifted):  # the sums are small, and so exact
+        np.testing.assert_array_equal(found.astype("f"), native.astype("f"))
 
 
 def test_a_batch_grouped_convolution_is_not_written_as_patches():
@@ -224,7 +230,7 @@ def test_a_batch_grouped_convolution_is_not_written_as_patches():
         dimension_numbers=("NWC", "WIO", "NWC"),
         batch_group_count=2,
     )
-    assert not _lower.is_patchable(op)
+    assert not _conv.is_patchable(op)
     for way in ("native", "unrolled"):
         actual = compute(
             way, op, (np.stack([x, 2 * x]), np.stack([w, w])), (True, True)

@@ -1,0 +1,73 @@
+"""Ways to compute one job's matrix product; mapped over the slots of a stack."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from stfuse._program import Op
+
+# A product with this few rows reads its matrix once whatever it does; a matrix unit
+# would mostly multiply padding.
+_FEW_ROWS = 8
+
+
+def num_rows(op: Op, rows: int) -> int:
+    """Return M, the free size of the first operand, rows included."""
+    free, _ = _free(op)
+    return rows * math.prod(op.in_specs[0].shape[i] for i in free)
+
+
+def has_few_rows(op: Op, rows: int) -> bool:
+    """Return whether a product is nearer to a matrix times a vector."""
+    return num_rows(op, rows) <= _FEW_ROWS and op.specs[0].size > 0
+
+
+def swapped(op: Op, lhs: Any, rhs: Any) -> tuple[Any]:
+    """Compute a product with its operands in the other order.
+
+    The side with many features then fills the larger tile of a matrix unit.
+    """
+    (on_lhs, on_rhs), (batch_lhs, batch_rhs) = op.params["dimension_numbers"]
+    y = lax.dot_general(
+        rhs,
+        lhs,
+        ((on_rhs, on_lhs), (batch_rhs, batch_lhs)),
+        precision=op.params["precision"],
+        preferred_element_type=op.params["preferred_element_type"],
+    )
+    free_lhs, free_rhs = _free(op)
+    first = len(batch_lhs)
+    middle = first + len(free_rhs)
+    order = [*range(first), *range(middle, y.ndim), *range(first, middle)]
+    assert len(order) == first + len(free_lhs) + len(free_rhs)
+    return (lax.transpose(y, order).astype(op.specs[0].dtype),)
+
+
+def multiply_reduce(op: Op, lhs: Any, rhs: Any) -> tuple[Any]:
+    """Compute a product as a broadcast multiplication and a sum."""
+    (on_lhs, on_rhs), (batch_lhs, batch_rhs) = op.params["dimension_numbers"]
+    free_lhs, free_rhs = _free(op)
+    out = op.specs[0]
+    is_half = jnp.issubdtype(out.dtype, jnp.floating) and out.dtype.itemsize < 4
+    wide = jnp.float32 if is_half else out.dtype
+    x = lax.transpose(lhs, (*batch_lhs, *free_lhs, *on_lhs)).astype(wide)
+    w = lax.transpose(rhs, (*batch_rhs, *free_rhs, *on_rhs)).astype(wide)
+    batch = x.shape[: len(batch_lhs)]
+    x = x.reshape(*batch, math.prod(x.shape[len(batch) : x.ndim - len(on_lhs)]), 1, -1)
+    w = w.reshape(*batch, 1, math.prod(w.shape[len(batch) : w.ndim - len(on_rhs)]), -1)
+    return (jnp.sum(x * w, axis=-1).reshape(out.shape).astype(out.dtype),)
+
+
+def _free(op: Op) -> tuple[list[int], list[int]]:
+    """Return which axes of each operand are in the output alone."""
+    (on_lhs, on_rhs), (batch_lhs, batch_rhs) = op.params["dimension_numbers"]
+    taken = ({*on_lhs, *batch_lhs}, {*on_rhs, *batch_rhs})
+    lhs, rhs = (
+        [i for i in range(len(spec.shape)) if i not in used]
+        for spec, used in zip(op.in_specs, taken, strict=True)
+    )
+    return lhs, rhs

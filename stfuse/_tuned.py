@@ -1,0 +1,82 @@
+"""A step that is measured whole, once per shape, against simpler ones.
+
+What is fastest launch by launch may lose among its neighbors; then the native step is
+used, or on a CPU each job's own program, all in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from stfuse import _tree
+from stfuse._lower import _measure
+from stfuse._plan import Plan
+
+_MANY_SLOTS = 32  # a step of all of them apart would compile for minutes
+
+
+class TunedStep:
+    """A jitted step; which lowering it has may depend on the shapes it is called with.
+
+    Attributes:
+        lowering: what was asked for, and is used where nothing has been measured.
+    """
+
+    def __init__(
+        self, build_fn: Callable[[str], Callable[..., Any]], plan: Plan, lowering: str
+    ) -> None:
+        """Build nothing yet.
+
+        Args:
+            build_fn: makes the step of a lowering.
+            plan: what it computes.
+            lowering: one of `_lower.LOWERINGS`.
+        """
+        self.lowering = lowering
+        self._build_fn, self._plan = build_fn, plan
+        self._steps: dict[str, Any] = {}
+        self._chosen: dict[Hashable, Any] = {}
+        self._is_tuned = lowering == "auto" and _measure.is_live(plan.cost)
+
+    def __call__(self, stacks: Any, slots: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        """Run the step; the first call of some shapes may measure."""
+        if not self._is_tuned:
+            return self.jitted(self.lowering)(stacks, slots, inputs)
+        key = (
+            tuple(x if x is None else np.shape(x) for x in slots),
+            tuple(x if x is None else x.shape for x in inputs),
+        )
+        step = self._chosen.get(key)
+        if step is None:
+            step = self._choose(key, (stacks, slots, inputs))
+        return step(stacks, slots, inputs)
+
+    def jitted(self, mode: str) -> Any:
+        """Return the jitted step of a lowering."""
+        if mode not in self._steps:
+            self._steps[mode] = jax.jit(self._build_fn(mode))
+        return self._steps[mode]
+
+    def _choose(self, key: Hashable, given: tuple[Any, ...]) -> Any:
+        """Return the step that is fastest for some shapes."""
+        step = self.jitted(self.lowering)
+        if any(map(_tree.is_tracer, jax.tree.leaves(given))):
+            return step  # a part of a larger program, which decides what is compiled
+        _, slots, inputs = given
+        rows = max(x.shape[1] for x in inputs if x is not None)
+        if _measure.is_worth_step(self._plan.launches, rows, self._plan.cost):
+            modes = {mode: self.jitted(mode) for mode in self._modes()}
+            given = jax.device_put(given)
+            step = modes[_measure.fastest_step(modes, given, self.lowering)]
+        self._chosen[key] = step
+        return step
+
+    def _modes(self) -> list[str]:
+        num_slots = sum(len(one.members) for one in self._plan.species)
+        # On a GPU launches cost so much that nothing wins apart.
+        has_apart = self._plan.cost.source == "cpu" and num_slots <= _MANY_SLOTS
+        return [self.lowering, "native", *["apart"] * has_apart]
