@@ -27,7 +27,8 @@ from stfuse._plan import Launch
 from stfuse._program import Op
 from stfuse._types import Cost
 
-_BUDGET_S = {"cpu": 20.0, "gpu": 90.0}
+_BUDGET_S = {"cpu": 30.0, "gpu": 120.0}
+_FOR_STEPS = 0.5  # of the budget: launches alone must not spend it all
 # A launch that takes less is not worth a compile for each way to compute it.
 _SMALLEST_S = {"cpu": 50e-6, "gpu": 2e-6}
 _SMALLEST_STEP_S = {"cpu": 100e-6, "gpu": 20e-6}
@@ -36,19 +37,22 @@ _MARGIN = 0.95  # of the guess's time
 _CACHE_BYTES = 64 << 20  # in a step, weights come from memory, not from a cache
 _MAX_UNROLLED = 16
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # tracing a step that is measured may ask, too
 _known: dict[str, dict[str, float]] = {}  # question -> seconds by way
 _spent_s = 0.0
 
 
-def budget_s() -> float:
+def budget_s(reserve: float = 0.0) -> float:
     """Return the seconds that this process may still spend on measuring.
 
     ``STFUSE_MEASURE_BUDGET_S`` sets the whole; 0 turns measuring off.
+
+    Args:
+        reserve: which part of the whole is to be left over.
     """
-    whole = os.environ.get("STFUSE_MEASURE_BUDGET_S")
-    default = _BUDGET_S.get(jax.default_backend(), 0.0)
-    return (float(whole) if whole else default) - _spent_s
+    given = os.environ.get("STFUSE_MEASURE_BUDGET_S")
+    whole = float(given) if given else _BUDGET_S.get(jax.default_backend(), 0.0)
+    return (1 - reserve) * whole - _spent_s
 
 
 def is_live(cost: Cost) -> bool:
@@ -79,7 +83,7 @@ def is_worth_step(launches: Sequence[Launch], rows: int, cost: Cost) -> bool:
         rows: B of each slot.
         cost: the device that the plan is for.
     """
-    if not is_live(cost) or budget_s() <= 0:
+    if not is_live(cost):
         return False
     work_s = sum(cost.seconds(rows * one.flops, one.num_bytes) for one in launches)
     return work_s >= _SMALLEST_STEP_S.get(jax.default_backend(), np.inf)
@@ -118,11 +122,16 @@ def fastest(
             if name != "unrolled" or num_slots <= _MAX_UNROLLED
         }
 
-    return pick(question, runs, guess)
+    with jax.ensure_compile_time_eval():  # the question comes from within a trace
+        return pick(question, runs, guess, reserve=_FOR_STEPS)
 
 
 def pick(
-    question: str, runs: Callable[[], Mapping[str, Callable[[], Any]]], guess: str
+    question: str,
+    runs: Callable[[], Mapping[str, Callable[[], Any]]],
+    guess: str,
+    *,
+    reserve: float = 0.0,
 ) -> str:
     """Return the name of the fastest of some callables, measured at most once.
 
@@ -130,6 +139,7 @@ def pick(
         question: what they compute, as text; the device and versions are added.
         runs: makes them, each of which computes once and returns what to wait for.
         guess: the one to use unless another is faster by more than noise.
+        reserve: which part of the budget to leave over.
     """
     kind = jax.devices()[0].device_kind
     settings = [getattr(jax.config, name) for name in _SETTINGS]
@@ -138,8 +148,8 @@ def pick(
     if seconds is None:
         with _lock:
             seconds = _known.get(question) or _store.load(question)
-            if seconds is None and budget_s() > 0:
-                seconds = _timed(runs, guess)
+            if seconds is None and budget_s(reserve) > 0:
+                seconds = _timed(runs, guess, budget_s(reserve))
                 _store.save(question, seconds)
             if seconds is not None:
                 _known[question] = seconds
@@ -182,20 +192,19 @@ def forget() -> None:
 
 
 def _timed(
-    runs: Callable[[], Mapping[str, Callable[[], Any]]], guess: str
+    runs: Callable[[], Mapping[str, Callable[[], Any]]], guess: str, left_s: float
 ) -> dict[str, float]:
     """Return seconds per call by name; what fails, or comes too late, is left out."""
     global _spent_s
-    start_s, left_s, seconds = time.perf_counter(), budget_s(), {}
-    with jax.ensure_compile_time_eval():
-        made = dict(runs())
-        for name in sorted(made, key=lambda name: name != guess):
-            if seconds and time.perf_counter() - start_s > left_s:
-                break
-            try:
-                seconds[name] = best_s(made[name], min(seconds.values(), default=None))
-            except Exception as error:  # a backend may refuse a way: then it is out
-                logging.debug("stfuse: %s could not be measured: %s", name, error)
+    start_s, seconds = time.perf_counter(), {}
+    made = dict(runs())
+    for name in sorted(made, key=lambda name: name != guess):
+        if seconds and time.perf_counter() - start_s > left_s:
+            break
+        try:
+            seconds[name] = best_s(made[name], min(seconds.values(), default=None))
+        except Exception as error:  # a backend may refuse a way: then it is out
+            logging.debug("stfuse: %s could not be measured: %s", name, error)
     _spent_s += time.perf_counter() - start_s
     return seconds
 
