@@ -1,6 +1,7 @@
 """Time the ways to compute one stacked convolution, layer by layer.
 
-Prints microseconds of the whole stack, best of several, and what the chooser picks.
+Prints microseconds of the whole stack, best of several, and what the chooser picks
+when it must not measure.
 """
 
 import time
@@ -20,20 +21,27 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of all 
 _REPEATS = flags.DEFINE_integer("repeats", 50, "calls per timing")
 _SMOKE = flags.DEFINE_bool("smoke", False, "one small layer only")
 
-# rows, image side, input channels, output channels, kernel side, stride
+# rows, image side, input channels, output channels, kernel side, stride, groups
 LAYERS = [
-    (1, 8, 1, 16, 3, 1),
-    (8, 8, 1, 16, 3, 1),
-    (1, 8, 16, 32, 3, 1),
-    (8, 8, 16, 32, 3, 1),
-    (1, 28, 16, 32, 3, 1),
-    (1, 28, 128, 128, 3, 1),
-    (1, 14, 256, 1024, 1, 1),
-    (1, 56, 64, 128, 3, 2),
+    (1, 8, 1, 16, 3, 1, 1),
+    (8, 8, 1, 16, 3, 1, 1),
+    (1, 8, 16, 32, 3, 1, 1),
+    (8, 8, 16, 32, 3, 1, 1),
+    (1, 28, 16, 32, 3, 1, 1),
+    (1, 28, 128, 128, 3, 1, 1),
+    (1, 14, 256, 1024, 1, 1, 1),
+    (1, 56, 64, 128, 3, 2, 1),
+    (1, 28, 192, 192, 3, 1, 192),
 ]
 
 
-def conv_op(rows: int, side: int, c_in: int, c_out: int, k: int, stride: int) -> Op:
+BOTH = (True, True)
+WAYS = ("native", "unrolled", "patches", "shifted", "kernel", "scaled")
+
+
+def conv_op(
+    rows: int, side: int, c_in: int, c_out: int, k: int, stride: int, groups: int
+) -> Op:
     """Return the op of one job's convolution, NHWC, same padding."""
 
     def apply_fn(kernel: jax.Array, images: jax.Array) -> jax.Array:
@@ -43,13 +51,14 @@ def conv_op(rows: int, side: int, c_in: int, c_out: int, k: int, stride: int) ->
             (stride, stride),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
         )
 
     dtype = np.dtype(_DTYPE.value)
     job = stfuse.Job(
         "conv",
         apply_fn,
-        jax.ShapeDtypeStruct((k, k, c_in, c_out), dtype),
+        jax.ShapeDtypeStruct((k, k, c_in // groups, c_out), dtype),
         jax.ShapeDtypeStruct((rows, side, side, c_in), dtype),
         batched=False,
     )
@@ -72,28 +81,33 @@ def best_us(run: Callable[..., Any], operands: tuple[Any, ...]) -> float:
 def main(_: list[str]) -> None:
     """Print the table."""
     cost, rng, num_jobs = _cost.resolve("auto"), np.random.default_rng(0), _JOBS.value
-    names = ("native", "patches", "unrolled")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {num_jobs} jobs")
-    print(f"{'rows side in>out k/stride':28}", *(f"{n:>10}" for n in names), " picks")
+    print(
+        f"{'rows side in>out k/stride groups':28}",
+        *(f"{n:>10}" for n in WAYS),
+        " picks",
+    )
     for layer in LAYERS[:1] if _SMOKE.value else LAYERS:
         op = conv_op(*layer)
-        rows, side, c_in, c_out, k, stride = layer
-        shapes = ((rows, side, side, c_in), (k, k, c_in, c_out))
+        rows, side, c_in, c_out, k, stride, groups = layer
+        shapes = ((rows, side, side, c_in), (k, k, c_in // groups, c_out))
         operands = tuple(
             jax.device_put(rng.normal(size=(num_jobs, *s)).astype(_DTYPE.value))
             for s in shapes
         )
-        times_us = [
-            best_us(
-                jax.jit(lambda *xs, n=n, op=op: _lower.apply(n, op, xs, (True, True))),
-                operands,
+        times_us = {
+            n: best_us(
+                jax.jit(lambda *xs, n=n, op=op: _lower.apply(n, op, xs, BOTH)), operands
             )
-            for n in names
-        ]
+            for n in _lower.candidates(op, BOTH, 1, num_jobs)
+        }
         size = {"num_slots": num_jobs, "rows": 1}  # the op has its rows inside
-        pick = _lower.choose(op, (True, True), **size, cost=cost, mode="auto")
-        label = f"{rows} {side} {c_in}>{c_out} {k}/{stride}"
-        print(f"{label:28}", *(f"{t:10.0f}" for t in times_us), f" {pick}")
+        pick = _lower.choose(op, BOTH, **size, cost=cost, mode="heuristic")
+        label = f"{rows} {side} {c_in}>{c_out} {k}/{stride} {groups}"
+        cells = [
+            f"{times_us[n]:10.0f}" if n in times_us else f"{'-':>10}" for n in WAYS
+        ]
+        print(f"{label:33}", *(f"{text:>10}" for text in found), f" {pick}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ SMALLEST = {
         "--chains=3",
         "--chain_ops=40",
     ],
+    "bench_step": ["--scale=small", "--jobs=1,2", "--calls=1", "--rounds=1"],
+    "bench_subset": ["--scale=small", "--cases=gemm:6:2", "--calls=1", "--rounds=1"],
     "decode_loop": ["--smoke", "--repeats=1"],
     "fuse_dissimilar": ["--calls=2"],
     "models_equal": ["--smoke", "--jobs=2", "--only=MLP,GRU-512", "--dtypes=float32"],
@@ -38,7 +40,7 @@ SMALLEST = {
     "vision_tenants": ["--smoke"],
 }
 # Not run by name: they are imported by an example that is.
-PARTS = {"__init__", "digits_tenants", "load", "mixes"}
+PARTS = {"__init__", "digits_tenants", "load", "mixes", "torch_rivals", "workloads"}
 
 
 def run(*arguments, **options):

@@ -114,7 +114,8 @@ def fastest(
         # Operands with rows: a matrix of weights has none, attention's has.
         has_batch = op.name == "dot_general" and op.params["dimension_numbers"][1][0]
         has_rows = (True, bool(has_batch))
-        sets = _operand_sets(op, is_stacked, has_rows, num_slots, rows)
+        with jax.ensure_compile_time_eval():  # the question comes from within a trace
+            sets = _operand_sets(op, is_stacked, has_rows, num_slots, rows)
         axes = ([1 if r else None for r in has_rows],)
         return {
             name: _in_turns(jax.vmap(way, in_axes=axes, out_axes=1), sets)
@@ -122,8 +123,7 @@ def fastest(
             if name != "unrolled" or num_slots <= _MAX_UNROLLED
         }
 
-    with jax.ensure_compile_time_eval():  # the question comes from within a trace
-        return pick(question, runs, guess, reserve=_FOR_STEPS)
+    return pick(question, runs, guess, reserve=_FOR_STEPS)
 
 
 def pick(
@@ -204,7 +204,7 @@ def _timed(
         try:
             seconds[name] = best_s(made[name], min(seconds.values(), default=None))
         except Exception as error:  # a backend may refuse a way: then it is out
-            logging.debug("stfuse: %s could not be measured: %s", name, error)
+            logging.warning("stfuse: %s could not be measured: %s", name, error)
     _spent_s += time.perf_counter() - start_s
     return seconds
 
@@ -234,7 +234,6 @@ def best_s(run: Callable[[], Any], limit_s: float | None = None) -> float:
 def _in_turns(way: Callable[[Sequence[Any]], Any], sets: Sequence[Any]) -> Any:
     """Return what computes every set of operands, in the company of light ops."""
 
-    @jax.jit
     def run(sets: Any) -> Any:
         found = []
         for operands in sets:
@@ -246,7 +245,11 @@ def _in_turns(way: Callable[[Sequence[Any]], Any], sets: Sequence[Any]) -> Any:
             ]
         return found
 
-    return lambda: run(sets)
+    @functools.cache
+    def compiled() -> Any:  # ahead of time, so that a trace around does not see it
+        return jax.jit(run).lower(sets).compile()
+
+    return lambda: compiled()(sets)
 
 
 def _operand_sets(
