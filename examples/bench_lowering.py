@@ -104,9 +104,7 @@ def main(_: list[str]) -> None:
         size = {"num_slots": num_jobs, "rows": 1}  # the op has its rows inside
         pick = _lower.choose(op, BOTH, **size, cost=cost, mode="heuristic")
         label = f"{rows} {side} {c_in}>{c_out} {k}/{stride} {groups}"
-        cells = [
-            f"{times_us[n]:10.0f}" if n in times_us else f"{'-':>10}" for n in WAYS
-        ]
+        found = [f"{times_us[n]:.0f}" if n in times_us else "-" for n in WAYS]
         print(f"{label:33}", *(f"{text:>10}" for text in found), f" {pick}")
 
 
