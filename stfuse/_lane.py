@@ -176,7 +176,7 @@ def write(lane: Lane, member: Member) -> bool:
 
 
 def compile_bucket(
-    lane: Lane, bucket: Bucket, device: Device, *, cost: Cost, lowering: str = "auto"
+    lane: Lane, bucket: Bucket, device: Device, *, cost: Cost, lowering: str = "known"
 ) -> Callable[..., Any]:
     """Return the lane's compiled step for a bucket, from the cache if it is there."""
     stacks = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lane.bank.stacks)

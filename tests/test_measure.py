@@ -131,6 +131,10 @@ def test_the_chooser_takes_what_was_fastest(live, wins, rows):
     assert found == wins
     assert len(clock.asked) == len(names)
     assert _lower.choose(op, (True, True), **size, mode="heuristic") == guess
+    assert _lower.choose(op, (True, True), **size, mode="known") == wins
+    _measure.forget()
+    live.setenv("STFUSE_CACHE_DIR", "")
+    assert _lower.choose(op, (True, True), **size, mode="known") == guess
     assert len(clock.asked) == len(names)
 
 

@@ -94,18 +94,21 @@ def choose(
         num_slots: K.
         rows: B; the row mapping hides them from the op's own shapes.
         cost: the device.
-        mode: one of `LOWERINGS`.
+        mode: one of `LOWERINGS`, or ``"known"``: what has been measured, without
+            measuring now, as while others are served.
     """
     names = candidates(op, is_stacked, rows, num_slots)
     if mode == "native" or names == ("native",):
         return "native"
     guess = _guess(op, names, rows, cost)
-    if mode == "auto" and _measure.is_worth(op, num_slots * rows, cost):
+    if mode != "heuristic" and _measure.is_worth(op, num_slots * rows, cost):
         ways = {
             name: functools.partial(apply, name, op, is_stacked=is_stacked)
             for name in names
         }
-        return _measure.fastest(ways, op, is_stacked, num_slots, rows, guess)
+        size = (num_slots, rows)
+        is_timed = mode == "auto"
+        return _measure.fastest(ways, op, is_stacked, size, guess, is_timed=is_timed)
     return guess
 
 

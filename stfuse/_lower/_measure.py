@@ -93,9 +93,10 @@ def fastest(
     ways: Mapping[str, Callable[[Sequence[Any]], Any]],
     op: Op,
     is_stacked: Sequence[bool],
-    num_slots: int,
-    rows: int,
+    size: tuple[int, int],
     guess: str,
+    *,
+    is_timed: bool = True,
 ) -> str:
     """Return the name of the fastest way to compute a stacked op.
 
@@ -103,10 +104,11 @@ def fastest(
         ways: by name, ``operands -> outputs``; operands as `_lower.apply` takes them.
         op: the op of one job at one row.
         is_stacked: per operand, whether it has slots.
-        num_slots: K.
-        rows: B, mapped outside.
+        size: K, slots, and B, rows, which are mapped outside.
         guess: whose time the others have to beat; what is used if time is up.
+        is_timed: whether to measure what is not known yet.
     """
+    num_slots, rows = size
     shapes = f"{op.name} {op.in_specs} {sorted(op.params.items())}"
     question = f"{shapes} {is_stacked} {num_slots} {rows} {sorted(ways)}"
 
@@ -123,7 +125,7 @@ def fastest(
             if name != "unrolled" or num_slots <= _MAX_UNROLLED
         }
 
-    return pick(question, runs, guess, reserve=_FOR_STEPS)
+    return pick(question, runs, guess, reserve=_FOR_STEPS if is_timed else 1.0)
 
 
 def pick(
