@@ -16,7 +16,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ import numpy as np
 from absl import app, flags, logging
 
 import stfuse
-from examples import mixes
+from examples import mixes, workloads
+from examples.workloads import Run
 
 _SCALE = flags.DEFINE_enum("scale", "full", list(mixes.SCALES), "Of the members.")
 _DTYPE = flags.DEFINE_enum(
@@ -38,10 +39,6 @@ _COST = flags.DEFINE_string("cost", "auto", "The planner's record of the device.
 _SAVE = flags.DEFINE_string("save", None, "Where to write raw numbers, as JSON.")
 
 RIVALS = ("own jits", "unrolled", "species")
-# Of the norm of the difference over the norm of the answer.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
-
-Run = Callable[[], Any]
 
 
 def species_run(jobs: Sequence[stfuse.Job], inputs: Mapping[str, Any]) -> Run:
@@ -83,36 +80,6 @@ def rival_runs(jobs: Sequence[stfuse.Job], inputs: Mapping[str, Any]) -> dict[st
     }
 
 
-def largest_difference(
-    answers: Mapping[str, Any], alone: Mapping[str, Any]
-) -> tuple[float, str]:
-    """Return the largest relative difference, and whose it is."""
-    found = []
-    for name, expected in alone.items():
-        expected = np.asarray(expected, np.float64)
-        difference = np.asarray(answers[name], np.float64) - expected
-        ratio = np.linalg.norm(difference) / np.linalg.norm(expected)
-        found.append((float(np.nan_to_num(ratio, nan=np.inf)), name))
-    return max(found)
-
-
-def times_us(runs: Mapping[str, Run]) -> dict[str, dict[str, list[float]]]:
-    """Return microseconds per call, by way of waiting, rival and round."""
-    num_calls = _CALLS.value
-    found = {way: {name: [] for name in runs} for way in ("latency", "pipelined")}
-    for _ in range(_ROUNDS.value):
-        for name, run in runs.items():
-            start_s = time.perf_counter()
-            for _ in range(num_calls):
-                jax.block_until_ready(run())
-            middle_s = time.perf_counter()
-            jax.block_until_ready([run() for _ in range(num_calls)])
-            end_s = time.perf_counter()
-            found["latency"][name].append(1e6 * (middle_s - start_s) / num_calls)
-            found["pipelined"][name].append(1e6 * (end_s - middle_s) / num_calls)
-    return found
-
-
 def measure(mix: mixes.Mix, scale: mixes.Scale, dtype: Any) -> dict[str, Any]:
     """Return all that is known of one mix, as plain numbers and lists."""
     jobs, inputs = mixes.make_jobs(mix, scale, dtype)
@@ -123,21 +90,19 @@ def measure(mix: mixes.Mix, scale: mixes.Scale, dtype: Any) -> dict[str, Any]:
     stacked = jax.device_put(fused.stack(inputs))
     runs = rival_runs(jobs, inputs)
     runs["fused"] = functools.partial(fused.step, bank, stacked)
-    compile_s, first = {}, {}
-    for name, run in runs.items():
-        start_s = time.perf_counter()
-        first[name] = jax.block_until_ready(run())
-        compile_s[name] = time.perf_counter() - start_s
-        jax.block_until_ready(run())
+    compile_s, first = workloads.warm_up(runs)
     alone = dict(zip(fused.jobs, first["own jits"], strict=True))
-    difference, whose = largest_difference(fused.split(first["fused"]), alone)
+    difference, whose = workloads.differences(fused.split(first["fused"]), alone)
+    times_us = workloads.times_us(
+        runs, num_calls=_CALLS.value, num_rounds=_ROUNDS.value, most_s=60.0
+    )
     return {
         "plan": fused.plan.to_dict(),
         "planned_s": planned_s,
         "compile_s": compile_s,
         "difference": difference,
         "differs_most": whose,
-        "times_us": times_us(runs),
+        "times_us": times_us,
     }
 
 
@@ -183,11 +148,7 @@ def print_table(way: str, title: str, records: Mapping[str, Any]) -> None:
 def main(_: list[str]) -> None:
     """Measure each mix, print both tables, and fail if an answer is not its model's."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it looks for
-    dtype = _DTYPE.value
-    if dtype == "auto":
-        dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    if dtype == "float32":  # else TF32 would drown the differences looked for
-        jax.config.update("jax_default_matmul_precision", "highest")
+    dtype = workloads.choose_dtype(_DTYPE.value)
     scale = mixes.SCALES[_SCALE.value]
     known = mixes.make_mixes(scale, jnp.dtype(dtype).type)
     if unknown := sorted(set(_MIXES.value) - set(known)):
@@ -205,7 +166,7 @@ def main(_: list[str]) -> None:
     times = f"rivals' time over fused, {_CALLS.value} calls a round"
     print_table("latency", f"latency: every call is waited for; {times}", records)
     print_table("pipelined", f"pipelined: calls in flight; {times}", records)
-    limit = TOLERANCE[dtype]
+    limit = workloads.TOLERANCE[dtype]
     wrong = [name for name, r in records.items() if not r["difference"] <= limit]
     if wrong:
         raise SystemExit(f"an answer is not its model's own: {', '.join(wrong)}")

@@ -12,8 +12,10 @@ from jax import lax
 
 import stfuse
 from stfuse import _lower, _trace
-from stfuse._lower import _conv_kernel, _indexed
+from stfuse._cost import RECORDS
+from stfuse._lower import _conv_kernel, _indexed, _store
 from tests.test_lower import NUM_SLOTS, conv_op, op_of
+from tests.test_measure import live  # noqa: F401, a fixture
 
 BOTH = (True, True)
 
@@ -130,6 +132,34 @@ def test_the_convolution_kernel_is_the_convolution(row, rows):
     actual, expected = (np.asarray(jax.jit(fn)(x, w), "f") for fn in (ours, native))
     assert actual.shape == expected.shape
     np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_kernel_is_measured_from_within_a_trace(live):  # noqa: F811
+    op = conv_op(
+        np.ones((3, 3, 4, 8), jnp.bfloat16),
+        np.ones((1, 6, 6, 4), jnp.bfloat16),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=NHWC,
+    )
+    kernel = _lower.Candidate(
+        lambda op, rows: True,
+        functools.partial(_conv_kernel.conv, is_interpreted=True),
+        is_whole=True,
+    )
+    live.setitem(_lower._CANDIDATES["conv_general_dilated"], "kernel", kernel)
+    saved = []
+    live.setattr(_store, "save", lambda question, seconds: saved.append(seconds))
+
+    @jax.jit
+    def step(x):
+        size = {"num_slots": 4, "rows": 2, "cost": RECORDS[jax.default_backend()]}
+        _lower.choose(op, BOTH, **size, mode="auto")
+        return x
+
+    step(1.0)
+    assert set(saved[0]) == set(_lower.candidates(op, BOTH, 2, 4))
+    assert "kernel" in saved[0]
 
 
 # M, C, N, slots named, slots in all: ragged tiles, and sums in several parts.
