@@ -92,7 +92,8 @@ class Terms:
 
     def alone_s(self, op: Op, rows: int) -> float:
         """Return the predicted time of one op of one species."""
-        return launch_s(op, shapes_of(op.in_specs), shapes_of(op.specs), rows, self)
+        ins, outs = shapes_of(op.in_specs), shapes_of(op.specs)
+        return launch(op, ins, outs, rows, self)[0]
 
     def form(self, op: Op, shared: tuple[Hashable, ...]) -> tuple[int, int]:
         """Return an op's form, and what its operands share among all slots.
@@ -206,7 +207,8 @@ def copied(drafts: Iterable[Draft]) -> list[Draft]:
 
 def wider(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """Return the elementwise maximum of two shapes."""
-    return tuple(map(max, a, b))
+    # Called for every pair of launches looked at: plain comparisons, no calls.
+    return tuple([x if x > y else y for x, y in zip(a, b)])  # noqa: B905
 
 
 def _literals(op: Op) -> Hashable:
@@ -224,24 +226,27 @@ def work(op: Op, ins: Shapes, outs: Shapes) -> float:
 
 def num_bytes(op: Op, ins: Shapes, outs: Shapes) -> float:
     """Return what one row of a launch reads and writes."""
-    specs = (*op.in_specs, *op.specs)
-    return float(
-        sum(
-            math.prod(shape) * getattr(spec.dtype, "itemsize", 4)
-            for shape, spec in zip((*ins, *outs), specs, strict=True)
-        )
-    )
+    total = 0.0
+    for shape, spec in zip(ins, op.in_specs, strict=True):
+        total += math.prod(shape) * getattr(spec.dtype, "itemsize", 4)
+    for shape, spec in zip(outs, op.specs, strict=True):
+        total += math.prod(shape) * getattr(spec.dtype, "itemsize", 4)
+    return total
 
 
-def launch_s(op: Op, ins: Shapes, outs: Shapes, rows: int, terms: Terms) -> float:
-    """Return the predicted time of a launch at some padded shapes."""
-    flops = work(op, ins, outs) if op.is_heavy else 0.0
+def launch(
+    op: Op, ins: Shapes, outs: Shapes, rows: int, terms: Terms
+) -> tuple[float, float]:
+    """Return a launch's predicted time at some padded shapes, and the work it does."""
     moved = num_bytes(op, ins, outs)
+    if not op.is_heavy:
+        return terms.cost.seconds(0.0, moved * rows), moved * rows
+    flops = op_flops(op.name, op.params, ins, outs)
     if op.name == "conv_general_dilated" and rows > 1 and terms.cost.source == "cpu":
         # Stacked kernels are multiplied with patches, which are written and read.
         itemsize = getattr(op.specs[0].dtype, "itemsize", 4)
         moved += flops / max(_out_features(op, outs), 1) * itemsize
-    return terms.cost.seconds(flops * rows, moved * rows)
+    return terms.cost.seconds(flops * rows, moved * rows), flops * rows
 
 
 def _out_features(op: Op, outs: Shapes) -> int:

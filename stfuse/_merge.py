@@ -20,11 +20,10 @@ from stfuse._draft import (
     Terms,
     copied,
     is_wasteful,
-    launch_s,
+    launch,
     loop_s,
     padded_work,
     wider,
-    work,
 )
 
 # Beyond this many pairs of heavy ops, only those near the diagonal are compared.
@@ -100,6 +99,8 @@ def _match_heavy(
 
 def _likeness(a: Draft, b: Draft) -> float:
     """Return how much the ops after two launches are alike, 0 to 1."""
+    if a.after == b.after:
+        return len(a.after) / 3
     return sum(x == y for x, y in zip(a.after, b.after, strict=False)) / 3
 
 
@@ -266,17 +267,17 @@ def _joint(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
         return _joint_scan(target, draft, s, terms)
     key = (target.form, target.ins, target.outs, target.rows, target.work)
     key = (*key, draft.ins, draft.outs, draft.rows)
-    if key not in terms.memo:
+    found = terms.memo.get(key)
+    if found is None:
         ins = tuple(map(wider, target.ins, draft.ins))
         outs = tuple(map(wider, target.outs, draft.outs))
         rows = target.rows + draft.rows
-        cost_s = launch_s(draft.op, ins, outs, rows, terms)
-        done = work(draft.op, ins, outs) * rows
+        cost_s, done = launch(draft.op, ins, outs, rows, terms)
         gain_s = target.cost_s + draft.cost_s - cost_s
         if is_wasteful(done, target.work + draft.work, terms):
             gain_s = 0.0
-        terms.memo[key] = Joint(gain_s, ins, outs, cost_s)
-    return terms.memo[key]
+        found = terms.memo[key] = Joint(gain_s, ins, outs, cost_s)
+    return found
 
 
 def _joint_scan(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:

@@ -21,6 +21,7 @@ from stfuse import _rules, _step
 from stfuse._bank import open_shelves
 from stfuse._evaluate import How, Probe, evaluate
 from stfuse._inputs import check_inputs
+from stfuse._part import Part
 from stfuse._program import Literal, Op
 from stfuse._rules import Merge, Stack
 from stfuse._stacked import cut
@@ -137,8 +138,9 @@ def _checked(
     for component in layout.components:
         present = {s: counts[s] for s in component if s in counts}
         if present:
-            part = _step._Part(plan, layout, present)
-            env = part.env(part.traces, part.views(stacks, slots))
+            part = Part(plan, layout, present)
+            views = [(x, None) for x in part.views(stacks, slots)]
+            env = part.env(part.traces, views)
             part.enter(env, [jnp.asarray(inputs[i])[:, 0] for i in part.inputs])
             check = _Check(part, env, given)
             probe = Probe(lambda x: poisoned(x, is_poisoned), check.launched)
@@ -240,7 +242,7 @@ class _Record:
 class _Check:
     """What every species' values are, one a slot, and what is to be compared."""
 
-    def __init__(self, part: _step._Part, env: Env, given: Given) -> None:
+    def __init__(self, part: Part, env: Env, given: Given) -> None:
         self.part, self.env, self.values = part, env, dict(given)
         self.records: list[_Record] = []
         self.arrays: list[Any] = []
