@@ -53,7 +53,7 @@ def test_the_first_call_compiles_one_program():
     with count_compiles() as compiled:
         fused(bank, requests)
     assert len(compiled) == 1
-    assert fused._step._cache_size() == 1
+    assert fused._step.jitted("auto")._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "nested_trees", "python_scalars"])
@@ -66,7 +66,7 @@ def test_a_second_call_of_the_same_shapes_compiles_nothing(name):
         fused(bank, other_values)
         fused(fused.pack(), dict(reversed(requests.items())))
     assert compiled == []
-    assert fused._step._cache_size() == 1
+    assert fused._step.jitted("auto")._cache_size() == 1
 
 
 def test_rows_of_one_bucket_share_a_program():
