@@ -87,6 +87,17 @@ def test_the_budget_is_spent(live):
     assert ask(live, {"b": 1.0, "a": 3.0}) == ("a", True)
     assert _measure.budget_s() <= 0
     assert ask(live, {"b": 1.0, "a": 3.0}, question="another") == ("a", False)
+    _measure.forget()  # half an answer is not kept for processes with more time
+    live.setenv("STFUSE_MEASURE_BUDGET_S", "1000")
+    assert ask(live, {"b": 1.0, "a": 3.0}) == ("b", True)
+
+
+def test_no_memory_to_measure_with_is_no_error(live):
+    def runs():
+        raise MemoryError("for the operands")
+
+    assert _measure.pick("question", runs, "a") == "a"
+    assert _store.load("question") is None
 
 
 def test_a_way_that_fails_is_out(live):

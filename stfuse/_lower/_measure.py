@@ -151,8 +151,9 @@ def pick(
         with _lock:
             seconds = _known.get(question) or _store.load(question)
             if seconds is None and budget_s(reserve) > 0:
-                seconds = _timed(runs, guess, budget_s(reserve))
-                _store.save(question, seconds)
+                seconds, is_whole = _timed(runs, guess, budget_s(reserve))
+                if is_whole:  # else another process may have the time
+                    _store.save(question, seconds)
             if seconds is not None:
                 _known[question] = seconds
     if not seconds:
@@ -195,20 +196,28 @@ def forget() -> None:
 
 def _timed(
     runs: Callable[[], Mapping[str, Callable[[], Any]]], guess: str, left_s: float
-) -> dict[str, float]:
-    """Return seconds per call by name; what fails, or comes too late, is left out."""
+) -> tuple[dict[str, float], bool]:
+    """Return seconds per call by name, and whether time was left for all.
+
+    What a backend refuses, or has no memory for, is left out.
+    """
     global _spent_s
-    start_s, seconds = time.perf_counter(), {}
-    made = dict(runs())
+    start_s, seconds, is_whole = time.perf_counter(), {}, True
+    try:
+        made = dict(runs())
+    except Exception as error:
+        logging.warning("stfuse: nothing could be measured: %s", error)
+        made, is_whole = {}, False
     for name in sorted(made, key=lambda name: name != guess):
         if seconds and time.perf_counter() - start_s > left_s:
+            is_whole = False
             break
         try:
             seconds[name] = best_s(made[name], min(seconds.values(), default=None))
-        except Exception as error:  # a backend may refuse a way: then it is out
+        except Exception as error:
             logging.warning("stfuse: %s could not be measured: %s", name, error)
     _spent_s += time.perf_counter() - start_s
-    return seconds
+    return seconds, is_whole
 
 
 def best_s(run: Callable[[], Any], limit_s: float | None = None) -> float:
