@@ -179,6 +179,10 @@ class _Loop:
         self.carries = self._grouped(1)
         self.xs = self._grouped(2)
         self.ys: list[tuple[tuple[tuple[int, int], ...], Held]] = []
+        for s, op in ops.items():  # gathered here, once, and not at every turn
+            for atom in op.inputs[: self.parts[s][0]]:
+                if not isinstance(atom, Literal):
+                    env.held((s, atom))
 
     def _grouped(self, kind: int) -> list[tuple[tuple[int, int], ...]]:
         """Return which carries (or xs) of which species stand in one stack."""

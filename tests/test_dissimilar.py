@@ -268,6 +268,36 @@ def test_loops_of_unlike_lengths_and_bodies_share_no_xs_but_turns():
         assert_same(outs[name], alone(fused.jobs[name], x), SIZED)
 
 
+def test_some_slots_of_a_loop_that_unlike_jobs_share_read_their_own_weights():
+    def rnn(params, x):
+        def turn(h, row):
+            h = jnp.tanh(h @ params["h"] + row @ params["x"])
+            return h, h
+
+        def run(x):
+            return lax.scan(turn, jnp.zeros(len(params["h"])), x)[1]
+
+        return jax.vmap(run)(x)
+
+    rng = np.random.default_rng(0)
+    jobs = [
+        stfuse.Job(
+            f"{size}{i}",
+            rnn,
+            {"h": rng.normal(size=(size, size)), "x": rng.normal(size=(5, size))},
+            np.ones((1, 4, 5), "f"),
+        )
+        for size in (3, 4)
+        for i in range(3)
+    ]
+    fused = stfuse.fuse(jobs, cost="h200")
+    assert "scan" in {x.primitive for x in fused.plan.launches if len(x.jobs) == 6}
+    requests = {name: rng.normal(size=(2, 4, 5)).astype("f") for name in ("31", "42")}
+    outs = fused(fused.pack(), requests)
+    for name, x in requests.items():
+        assert_same(outs[name], alone(fused.jobs[name], x), SIZED)
+
+
 def test_jobs_of_several_dtypes_are_never_in_one_launch():
     def dense(params, x):
         return jax.nn.relu(x @ params) @ params.T
