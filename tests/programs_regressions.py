@@ -55,5 +55,22 @@ REGRESSIONS = (
         ),
         members=(0, 1, 2),
         max_waste=0.5,
+    ),  # Norms of few elements, equal by chance: what two jobs share ends when one is NaN.
+    Batch(
+        programs=tuple(
+            Program(
+                shape,
+                "float32",
+                (("norm", 1, 31, *a), ("norm", 20, 5, *b)),
+            )
+            for shape, a, b in (
+                ((2, 7, 2), (3, 2), (5, 5)),
+                ((3, 7, 3), (2, 7), (5, 1)),
+                ((2, 2, 7), (7, 2), (5, 7)),
+                ((7, 7, 1), (3, 3), (5, 5)),
+            )
+        ),
+        members=(0, 1, 2, 3, 0),
+        rows=(0, 0, 2, 2, 3),
     ),
 )

@@ -90,7 +90,12 @@ def check_answers(batch):
         args = fused.pack(), fused.stack(sick), params, sick
         assert_untouched(answers(batch, fused, run(*args)), clean, name)
     weak = {**params, name: spoiled(params[name], np.nan)}
-    args = fused.pack({name: weak[name]}), fused.stack(requests), weak, requests
+    bank = fused.pack({name: weak[name]})
+    args = bank, fused.stack(requests), weak, requests
+    if jax.tree.map(np.shape, bank) != jax.tree.map(np.shape, fused.pack()):
+        # A leaf that jobs shared has slots now: another program, with roundings of its
+        # own, so that answers are compared with those of the jobs alone only.
+        run, clean = hasty(both, *args), {}
     # What a NaN in a kernel makes of the zeros around an image is the backend's choice:
     # it differs between two ways of computing one convolution alone.
     own = programs.program_of(batch, name)
@@ -109,7 +114,7 @@ def answers(batch, fused, found, but=None):
 
 
 def assert_untouched(outs, clean, name):
-    for other in clean.keys() - {name}:
+    for other in clean.keys() - {name}:  # none, if the program is another one
         cases.assert_bitwise(outs[other], clean[other])
 
 
