@@ -55,7 +55,8 @@ REGRESSIONS = (
         ),
         members=(0, 1, 2),
         max_waste=0.5,
-    ),  # Norms of few elements, equal by chance: what two jobs share ends when one is NaN.
+    ),
+    # What two jobs share by chance ends to be shared when one of them is NaN.
     Batch(
         programs=tuple(
             Program(
