@@ -97,8 +97,8 @@ def _run_indexed(
         return False
     x = _rules.to_stacked(read(env, [(s, rows)], op.in_specs[:1], op.in_specs[0].shape))
     (y,) = _lower.indexed(op, x.array, held.array, held.index)
-    merge = Merge((op,), (env.counts[s],), op, lambda *_: ())
-    env.put([s], op.outputs, merge.output(0, y, True))
+    ndim = y.ndim - 1
+    env.put([s], op.outputs, Stack(y, True, x.sizes[:, :0], (False,) * ndim))
     return True
 
 

@@ -40,7 +40,7 @@ class TunedStep:
         self._build_fn, self._plan = build_fn, plan
         self._steps: dict[str, Any] = {}
         self._chosen: dict[Hashable, Any] = {}
-        self._is_tuned = lowering == "auto" and _measure.is_live(plan.cost)
+        self._is_tuned = lowering == "auto" and _measure.is_on(plan.cost)
 
     def __call__(self, stacks: Any, slots: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """Run the step; the first call of some shapes may measure."""

@@ -4,6 +4,9 @@ import os
 
 import hypothesis
 import jax
+import pytest
+
+from stfuse._lower import _measure
 
 # What is measured depends on the machine, and so would what is tested: tests that are
 # about measuring set their own budget and folder.
@@ -30,3 +33,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--slow"):
         hypothesis.settings.load_profile("slow")
+
+
+@pytest.fixture
+def live(tmp_path, monkeypatch):
+    """Make everything worth measuring, with a disk and a budget of its own."""
+    monkeypatch.setenv("STFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("STFUSE_MEASURE_BUDGET_S", "1000")
+    monkeypatch.setattr(_measure, "_SMALLEST_S", {jax.default_backend(): 0.0})
+    monkeypatch.setattr(_measure, "_SMALLEST_STEP_S", {jax.default_backend(): 0.0})
+    _measure.forget()
+    yield monkeypatch
+    _measure.forget()

@@ -15,7 +15,6 @@ from stfuse import _lower, _trace
 from stfuse._cost import RECORDS
 from stfuse._lower import _conv_kernel, _indexed, _store
 from tests.test_lower import NUM_SLOTS, conv_op, op_of
-from tests.test_measure import live  # noqa: F401, a fixture
 
 BOTH = (True, True)
 
@@ -134,7 +133,7 @@ def test_the_convolution_kernel_is_the_convolution(row, rows):
     np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_a_kernel_is_measured_from_within_a_trace(live):  # noqa: F811
+def test_a_kernel_is_measured_from_within_a_trace(live):
     op = conv_op(
         np.ones((3, 3, 4, 8), jnp.bfloat16),
         np.ones((1, 6, 6, 4), jnp.bfloat16),

@@ -28,18 +28,6 @@ class Clock:
         return self.seconds[len(self.asked) - 1]
 
 
-@pytest.fixture
-def live(tmp_path, monkeypatch):
-    """Make everything worth measuring, with a disk and a budget of its own."""
-    monkeypatch.setenv("STFUSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("STFUSE_MEASURE_BUDGET_S", "1000")
-    monkeypatch.setattr(_measure, "_SMALLEST_S", {jax.default_backend(): 0.0})
-    monkeypatch.setattr(_measure, "_SMALLEST_STEP_S", {jax.default_backend(): 0.0})
-    _measure.forget()
-    yield monkeypatch
-    _measure.forget()
-
-
 def ask(live, seconds, guess="a", question="question"):
     """Return the pick, and whether anything was measured for it."""
     made = []
@@ -102,6 +90,8 @@ def test_no_memory_to_measure_with_is_no_error(live):
 
 def test_a_way_that_fails_is_out(live):
     assert ask(live, {"a": 3.0, "b": RuntimeError("no such kernel")}) == ("a", True)
+    _measure.forget()  # nor is what was measured without it kept on the disk
+    assert ask(live, {"a": 3.0, "b": 1.0}) == ("b", True)
     failed = {"a": RuntimeError("no such kernel"), "b": 1.0}
     assert ask(live, failed, question="the guess itself") == ("b", True)
 
@@ -147,6 +137,28 @@ def test_the_chooser_takes_what_was_fastest(live, wins, rows):
     live.setenv("STFUSE_CACHE_DIR", "")
     assert _lower.choose(op, (True, True), **size, mode="known") == guess
     assert len(clock.asked) == len(names)
+
+
+@pytest.mark.parametrize("flags", [(True, True), (False, True)])
+def test_every_way_can_be_measured_whatever_the_slots_share(live, flags):
+    op, shapes = conv_op(), []
+
+    def best_s(run, limit_s=None):
+        shapes.extend(y.shape for y in run())
+        return 1.0
+
+    live.setattr(_measure, "best_s", best_s)
+    size = {"num_slots": 4, "rows": 3, "cost": RECORDS[jax.default_backend()]}
+    _lower.choose(op, flags, **size, mode="auto")
+    assert len(shapes) >= len(_lower.candidates(op, flags, 3, 4))
+    assert set(shapes) == {(4, 3, *op.specs[0].shape)}
+
+
+def test_with_measuring_off_nothing_is_traced_to_be_compared(live):
+    live.setenv("STFUSE_MEASURE_BUDGET_S", "0")
+    fused = stfuse.fuse([cases.job(BY_NAME["conv"], s) for s in (0, 1)], cost="cpu")
+    fused(fused.pack(), cases.requests(BY_NAME["conv"], fused, (1, 1)))
+    assert list(fused._step._steps) == ["auto"]
 
 
 def test_a_step_is_measured_while_it_is_traced(live):

@@ -8,7 +8,6 @@ import stfuse
 from stfuse._lower import _measure
 from tests import cases
 from tests.cases import BY_NAME, CASES, alone, assert_same
-from tests.test_measure import live  # noqa: F401, a fixture
 
 ROWS = (3, 1, 2)
 
@@ -63,7 +62,7 @@ def test_a_subset_of_shared_launches_runs_apart():
 
 
 @pytest.mark.parametrize("wins", ["auto", "native", "apart"])
-def test_the_fastest_way_to_compute_the_step_is_used(live, wins):  # noqa: F811
+def test_the_fastest_way_to_compute_the_step_is_used(live, wins):
     case = BY_NAME["conv"]
     fused = stfuse.fuse([cases.job(case, seed) for seed in range(3)], cost="cpu")
     requests = cases.requests(case, fused, ROWS)
@@ -86,7 +85,7 @@ def test_the_fastest_way_to_compute_the_step_is_used(live, wins):  # noqa: F811
         assert_same(out, alone(fused.jobs[name], requests[name]), case)
 
 
-def test_a_step_that_is_told_what_to_do_is_not_measured(live):  # noqa: F811
+def test_a_step_that_is_told_what_to_do_is_not_measured(live):
     live.setattr(_measure, "best_s", lambda *_: pytest.fail("measured"))
     for lowering in ("heuristic", "native"):
         jobs = [cases.job(BY_NAME["conv"], seed) for seed in (0, 1)]

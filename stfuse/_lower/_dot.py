@@ -39,11 +39,10 @@ def swapped(op: Op, lhs: Any, rhs: Any) -> tuple[Any]:
         precision=op.params["precision"],
         preferred_element_type=op.params["preferred_element_type"],
     )
-    free_lhs, free_rhs = _free(op)
+    _, free_rhs = _free(op)
     first = len(batch_lhs)
     middle = first + len(free_rhs)
     order = [*range(first), *range(middle, y.ndim), *range(first, middle)]
-    assert len(order) == first + len(free_lhs) + len(free_rhs)
     return (lax.transpose(y, order).astype(op.specs[0].dtype),)
 
 

@@ -203,12 +203,12 @@ def _program(
 def _tile(num_named: int, num_rows: int, size: int, features: int) -> _Tile:
     """Return how to cut a product: weights are read once, by many programs."""
     m = min(max(16, _tiles.power(num_rows)), _MAX_ROWS)
-    n = min(128 if num_named * features >= 128 * _ENOUGH_PROGRAMS else 64, 128)
-    n = max(16, min(n, _tiles.power(features)))
+    widest = 128 if num_named * features >= 128 * _ENOUGH_PROGRAMS else 64
+    n = max(16, min(widest, _tiles.power(features)))
     k = max(16, min(64, _tiles.power(size)))
     programs = num_named * _tiles.ceil(features, n) * _tiles.ceil(num_rows, m)
     turns = _tiles.ceil(size, k)
     parts = 1
-    while programs * parts < _ENOUGH_PROGRAMS and turns >= 4 * parts * 2 and parts < 8:
+    while programs * parts < _ENOUGH_PROGRAMS and turns >= 8 * parts and parts < 8:
         parts *= 2
     return _Tile(m, n, k, parts)

@@ -50,9 +50,17 @@ def budget_s(reserve: float = 0.0) -> float:
     Args:
         reserve: which part of the whole is to be left over.
     """
+    return (1 - reserve) * _whole_s() - _spent_s
+
+
+def _whole_s() -> float:
     given = os.environ.get("STFUSE_MEASURE_BUDGET_S")
-    whole = float(given) if given else _BUDGET_S.get(jax.default_backend(), 0.0)
-    return (1 - reserve) * whole - _spent_s
+    return float(given) if given else _BUDGET_S.get(jax.default_backend(), 0.0)
+
+
+def is_on(cost: Cost) -> bool:
+    """Return whether what a plan is made for may be measured at all."""
+    return is_live(cost) and _whole_s() > 0
 
 
 def is_live(cost: Cost) -> bool:
@@ -69,7 +77,7 @@ def is_worth(op: Op, times: int, cost: Cost) -> bool:
         times: how many of them the launch computes.
         cost: the device that the plan is for.
     """
-    if not is_live(cost):
+    if not is_on(cost):
         return False
     work_s = max(op.flops / cost.flops_per_s, op.num_bytes / cost.bytes_per_s) * times
     return work_s >= _SMALLEST_S.get(jax.default_backend(), np.inf)
@@ -83,7 +91,7 @@ def is_worth_step(launches: Sequence[Launch], rows: int, cost: Cost) -> bool:
         rows: B of each slot.
         cost: the device that the plan is for.
     """
-    if not is_live(cost):
+    if not is_on(cost):
         return False
     work_s = sum(cost.seconds(rows * one.flops, one.num_bytes) for one in launches)
     return work_s >= _SMALLEST_STEP_S.get(jax.default_backend(), np.inf)
@@ -118,7 +126,9 @@ def fastest(
         has_rows = (True, bool(has_batch))
         with jax.ensure_compile_time_eval():  # the question comes from within a trace
             sets = _operand_sets(op, is_stacked, has_rows, num_slots, rows)
-        axes = ([1 if r else None for r in has_rows],)
+        # Rows come second, after the slots, where the step's own mapping has them.
+        pairs = zip(is_stacked, has_rows, strict=True)
+        axes = ([int(stacked) if rowed else None for stacked, rowed in pairs],)
         return {
             name: _in_turns(jax.vmap(way, in_axes=axes, out_axes=1), sets)
             for name, way in ways.items()
@@ -197,7 +207,7 @@ def forget() -> None:
 def _timed(
     runs: Callable[[], Mapping[str, Callable[[], Any]]], guess: str, left_s: float
 ) -> tuple[dict[str, float], bool]:
-    """Return seconds per call by name, and whether time was left for all.
+    """Return seconds per call by name, and whether all could be timed.
 
     What a backend refuses, or has no memory for, is left out.
     """
@@ -216,6 +226,7 @@ def _timed(
             seconds[name] = best_s(made[name], min(seconds.values(), default=None))
         except Exception as error:
             logging.warning("stfuse: %s could not be measured: %s", name, error)
+            is_whole = False  # it may have been out of memory only now
     _spent_s += time.perf_counter() - start_s
     return seconds, is_whole
 
@@ -273,7 +284,6 @@ def _operand_sets(
     """Return operands filled with noise: zeros would be faster than data is."""
     shapes = []
     for spec, stacked, rowed in zip(op.in_specs, is_stacked, has_rows, strict=True):
-        # Rows come second, where the step's own row mapping has them.
         lead = ((num_slots,) if stacked else ()) + ((rows,) if rowed else ())
         shapes.append((*lead, *spec.shape))
     sizes = [
