@@ -154,10 +154,11 @@ def streams_run(models: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> 
         # What other threads do, JAX's among them, is no part of the capture.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             answer = model(x)
-        captured.append((graph, stream, answer))
+        # A graph does not keep what it reads.
+        captured.append((graph, stream, model, x, answer))
 
     def run() -> Pending:
-        for graph, stream, _ in captured:
+        for graph, stream, *_ in captured:
             with torch.cuda.stream(stream):
                 graph.replay()
         return Pending()

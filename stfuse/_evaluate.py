@@ -78,35 +78,62 @@ def evaluate(env: Env, nodes: Sequence[Node], how: How) -> None:
 
 
 def _run_indexed(
-    env: Env, members: Sequence[tuple[int, int]], op: Op, how: How
+    env: Env, members: Sequence[tuple[int, int]], ops: Sequence[Op], how: How
 ) -> bool:
-    """Run a product of equal ops on weights that are not gathered, if there is a way.
+    """Run a product on weights that are not gathered, if there is a way.
 
     Returns:
         Whether it was run.
     """
-    s, _ = members[0]
-    if len(members) > 1 or len(op.inputs) != 2 or how.lowering == "native":
+    if len(ops[0].inputs) != 2 or how.lowering == "native":
         return False
-    rows, weights = op.inputs
-    if isinstance(weights, Literal) or env.values[s, weights].index is None:
+    species = [s for s, _ in members]
+    named = _named(env, [(s, op.inputs[1]) for s, op in zip(species, ops, strict=True)])
+    if named is None:
         return False
-    held, spec = env.values[s, weights], op.in_specs[1]
-    num_slots = held.array.shape[0]
-    if held.shape != tuple(spec.shape) or not _lower.can_index(op, num_slots):
+    held, index = named
+    wide = _rules.widen(ops)
+    num_slots, spec = held.array.shape[0], wide.in_specs[1]
+    if held.shape != tuple(spec.shape) or not _lower.can_index(wide, num_slots):
         return False
-    x = _rules.to_stacked(read(env, [(s, rows)], op.in_specs[:1], op.in_specs[0].shape))
-    (y,) = _lower.indexed(op, x.array, held.array, held.index)
-    ndim = y.ndim - 1
-    env.put([s], op.outputs, Stack(y, True, x.sizes[:, :0], (False,) * ndim))
+
+    def compute(op: Op, arrays: Sequence[Any], flags: Sequence[bool]) -> Any:
+        x, stack = arrays
+        return _lower.indexed(op, x, stack, index)
+
+    merge = Merge(tuple(ops), tuple(env.counts[s] for s in species), wide, compute)
+    rows = [(s, op.inputs[0]) for s, op in zip(species, ops, strict=True)]
+    own = [op.in_specs[0] for op in ops]
+    x = _rules.to_stacked(read(env, rows, own, wide.in_specs[0].shape))
+    sizes = merge.per_row(lambda op: op.in_specs[1].shape)
+    (y,) = _rules.launch(merge, [x, Stack(held.array, True, sizes, held.clean)])
+    env.put(species, [op.outputs[0] for op in ops], y)
     return True
+
+
+def _named(env: Env, values: Sequence[tuple[int, Any]]) -> tuple[Held, Any] | None:
+    """Return the stack that holds values not gathered yet, and which rows they are.
+
+    None if they do not stand in one stack, in order.
+    """
+    if any(isinstance(atom, Literal) for _, atom in values):
+        return None
+    held = env.values[values[0]]
+    start = at = held.starts[values[0][0]]
+    for s, atom in values:
+        if env.values[s, atom] is not held or held.starts[s] != at:
+            return None
+        at += env.counts[s]
+    if held.index is None:
+        return None
+    return held, held.index[start:at]
 
 
 def _run(
     env: Env, members: Sequence[tuple[int, int]], ops: Sequence[Op], how: How
 ) -> None:
     """Run one launch."""
-    if _run_indexed(env, members, ops[0], how):
+    if _run_indexed(env, members, ops, how):
         return
     species = [s for s, _ in members]
     wide = _rules.widen(ops)

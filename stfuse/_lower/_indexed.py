@@ -66,7 +66,7 @@ def is_plain(op: Op) -> bool:
     return (
         not batch
         and lhs.dtype == rhs.dtype == op.specs[0].dtype
-        and lhs.dtype in (jnp.bfloat16, jnp.float16)
+        and lhs.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and tuple(on_lhs) == tuple(range(ndim - num, ndim))
         and tuple(on_rhs) == tuple(range(num))
         and min(lhs.size, rhs.size) > 0
@@ -97,7 +97,8 @@ def dot(
         size = math.prod(stack.shape[1 : 1 + num_contracted])
         x = lhs.reshape(lhs.shape[0], -1, size)
         w = stack.reshape(stack.shape[0], size, -1)
-        y = _dot(x, w, jnp.clip(index, 0, stack.shape[0] - 1), is_interpreted)
+        named = jnp.clip(index, 0, stack.shape[0] - 1)
+        y = _dot(x, w, named, op.params["precision"], is_interpreted)
         return y.reshape(lhs.shape[0], *free, *features)
 
     @run.def_vmap
@@ -116,18 +117,23 @@ def dot(
     return (run(lhs, stack, index),)
 
 
-def _dot(x: Any, w: Any, index: Any, is_interpreted: bool) -> Any:
+def _dot(x: Any, w: Any, index: Any, precision: Any, is_interpreted: bool) -> Any:
     """Compute ``[K, M, C]`` by ``[S, C, N]`` at ``index``: ``[K, M, N]``."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     (num_named, num_rows, size), features = x.shape, w.shape[2]
-    tile = _tile(num_named, num_rows, size, features)
+    tile = _tile(num_named, num_rows, size, features, x.dtype.itemsize)
     columns = _tiles.ceil(features, tile.n)
     rows = _tiles.ceil(num_rows, tile.m)
     is_cut = tile.num_parts > 1
     y = pl.pallas_call(
-        functools.partial(_program, sizes=(num_rows, size, features), tile=tile),
+        functools.partial(
+            _program,
+            sizes=(num_rows, size, features),
+            tile=tile,
+            precision=_precision(precision),
+        ),
         out_shape=jax.ShapeDtypeStruct(
             (tile.num_parts, num_named, num_rows, features),
             jnp.float32 if is_cut else x.dtype,
@@ -158,6 +164,7 @@ def _program(
     *,
     sizes: tuple[int, int, int],
     tile: _Tile,
+    precision: lax.Precision,
 ) -> None:
     """Compute one tile: ``x_ref`` is a whole slot's rows, ``w_ref`` the whole stack."""
     from jax.experimental import pallas as pl
@@ -189,7 +196,7 @@ def _program(
         )
         a = _tiles.load(x_ref, x_start + at, x_inside)
         b = _tiles.load(w_ref, w_start + at * features, w_inside)
-        return total + triton.dot(a, b)
+        return total + triton.dot(a, b, precision=precision)
 
     start = jnp.zeros((tile.m, tile.n), jnp.float32)
     total = lax.fori_loop(np.int32(0), np.int32(turns), step, start)
@@ -200,12 +207,21 @@ def _program(
     triton.store(y_ref, total.astype(y_ref.dtype), mask=inside)
 
 
-def _tile(num_named: int, num_rows: int, size: int, features: int) -> _Tile:
+def _precision(of_product: Any) -> lax.Precision:
+    """Return the kernel's precision: as XLA's default, or all bits."""
+    wanted = of_product if isinstance(of_product, tuple) else (of_product,)
+    exact = {lax.Precision.HIGH, lax.Precision.HIGHEST} & {*wanted}
+    return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+
+
+def _tile(
+    num_named: int, num_rows: int, size: int, features: int, itemsize: int
+) -> _Tile:
     """Return how to cut a product: weights are read once, by many programs."""
     m = min(max(16, _tiles.power(num_rows)), _MAX_ROWS)
     widest = 128 if num_named * features >= 128 * _ENOUGH_PROGRAMS else 64
     n = max(16, min(widest, _tiles.power(features)))
-    k = max(16, min(64, _tiles.power(size)))
+    k = max(16, min(128 // itemsize, _tiles.power(size)))  # 128 bytes of a row
     programs = num_named * _tiles.ceil(features, n) * _tiles.ceil(num_rows, m)
     turns = _tiles.ceil(size, k)
     parts = 1
