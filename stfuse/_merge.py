@@ -27,7 +27,7 @@ from stfuse._draft import (
 )
 
 # Beyond this many pairs of heavy ops, only those near the diagonal are compared.
-_MAX_PAIRS = 6_000
+_MAX_PAIRS = 4_000
 
 
 def merge(profile: list[Draft], own: list[Draft], s: int, terms: Terms) -> list[Draft]:
