@@ -1,7 +1,8 @@
 """Engine: serve jobs under a policy. The only file that starts threads.
 
 Rules:
-    Callers validate and queue; one thread owns the device; one thread builds lanes.
+    Callers validate and queue; one thread owns the device; one thread builds lanes;
+    one runs the callbacks of futures, so that a slow one holds up nothing else.
     A request is refused where it is made (an exception) or answered through its future.
     ``add`` and ``remove`` never disturb the other jobs; ``swap`` returns once every
     later request is sure to see the new weights.
@@ -78,7 +79,7 @@ class Engine:
         device: Any = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Start the device thread and the builder thread."""
+        """Start its threads."""
         for name, value in (
             ("max_batch_size", max_batch_size),
             ("max_slots", max_slots),
@@ -108,18 +109,8 @@ class Engine:
             self._server, chosen, max_batch_size=max_batch_size, max_slots=max_slots
         )
         self._compiles_before = _cache.STEPS.num_compiles
-        server, builder = self._server, self._builder
-        server.rebuild = builder.request
-        self._threads = [
-            threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
-            for what, run in (
-                ("build", lambda: _supervise.build(server, builder)),
-                ("serve", server.serve),
-                ("callbacks", server.books.callbacks.run),
-            )
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._server.rebuild = self._builder.request
+        self._threads = _started(self._server, self._builder)
 
     def add(self, job: Job) -> Future[None]:
         """Take a job's requests from now on.
@@ -376,6 +367,21 @@ class Engine:
             f"`stfuse.Engine.infer`: job '{name}': no answer within {timeout_s} s.",
             jobs=(name,),
         )
+
+
+def _started(server: Server, builder: Builder) -> list[threading.Thread]:
+    """Start an engine's threads: one builds, one serves, one runs callbacks."""
+    threads = [
+        threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
+        for what, run in (
+            ("build", lambda: _supervise.build(server, builder)),
+            ("serve", server.serve),
+            ("callbacks", server.books.callbacks.run),
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _policy(name: str) -> Policy:

@@ -47,18 +47,18 @@ class Health:
 class _Pause:
     """A time to wait until, longer each time."""
 
-    until_s: float = 0.0
+    begun_s: float = 0.0
     length_s: float = 0.0
 
     def lengthen(self, now_s: float) -> None:
         longer_s = max(2 * self.length_s, _FIRST_PAUSE_S)
         self.length_s = min(longer_s, _LONGEST_PAUSE_S)
-        self.until_s = now_s + self.length_s
+        self.begun_s = now_s
 
     def left_s(self, now_s: float) -> float:
-        # A clock that jumped back must not make a pause of it.
-        left_s = self.until_s - now_s
-        return left_s if 0 < left_s <= self.length_s else 0.0
+        if now_s < self.begun_s:  # a clock that jumped back must not prolong it
+            return 0.0
+        return max(self.length_s - (now_s - self.begun_s), 0.0)
 
 
 class DeviceState:

@@ -73,11 +73,12 @@ class Form:
             found = ()
         rows, leaves = 0, []
         for x, (shape, dtype) in zip(found, self.leaves, strict=False):
-            if type(x) is not np.ndarray or x.dtype != dtype or x.shape[1:] != shape:
+            if type(x) is not np.ndarray or x.dtype != dtype or not x.ndim:
                 break
-            if not x.ndim or len(x) != (rows or len(x)):
+            size = x.shape
+            if size[1:] != shape or size[0] != (rows or size[0]):
                 break
-            rows = len(x)
+            rows = size[0]
             leaves.append(x.copy())
         if rows and len(leaves) == len(self.leaves):
             checked = Checked(leaves, rows)

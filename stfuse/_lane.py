@@ -233,9 +233,9 @@ def stage(
         placed.append((s, k))
         if slots[s] is not None:
             slots[s][k] = own
+        own_leaves = [leaves_of[r] for r in chunk.requests]
         for leaf, i, row in entries_of[s]:
-            leaves = [leaves_of[r][leaf] for r in chunk.requests]
-            _copy_rows(leaves, buffers[i][row + k])
+            _copy_rows([leaves[leaf] for leaves in own_leaves], buffers[i], row + k)
     for s, entries in entries_of.items():
         if filled[s] < bucket.slots[s]:
             used = {k for of, k in placed if of == s}
@@ -306,13 +306,15 @@ def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), _specs(lane, bucket))
 
 
-def _copy_rows(requests: Sequence[Any], rows: Any) -> None:
+def _copy_rows(requests: Sequence[Any], buffer: Any, slot: int) -> None:
     """Copy leaves into one slot's rows, one after the other; zero the rows left."""
-    at, is_padded = 0, requests[0].shape[1:] != rows.shape[1:]
+    at, is_padded = 0, requests[0].shape[1:] != buffer.shape[2:]
     for leaf in requests:
         end = at + len(leaf)
-        inner = tuple(map(slice, leaf.shape[1:])) if is_padded else ()
-        rows[(slice(at, end), *inner)] = leaf
+        if is_padded:
+            buffer[(slot, slice(at, end), *map(slice, leaf.shape[1:]))] = leaf
+        else:
+            buffer[slot, at:end] = leaf
         at = end
-    if at < len(rows):
-        rows[at:] = 0
+    if at < buffer.shape[1]:
+        buffer[slot, at:] = 0

@@ -95,12 +95,14 @@ class HostStats:
         stage_s: filling its buffers.
         launch_s: starting it.
         answer_s: cutting its outputs and resolving futures.
+        fold_s: folding records into counts, while the device works.
     """
 
     decide_s: float = 0.0
     stage_s: float = 0.0
     launch_s: float = 0.0
     answer_s: float = 0.0
+    fold_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +232,9 @@ class Metrics:
         key = (tenant, kind)
         self._counts[key] = self._counts.get(key, 0) + n
 
-    def add_host(
-        self, decide_s: float, stage_s: float, launch_s: float, answer_s: float
-    ) -> None:
-        """Count one step's host seconds; only one thread may."""
-        for i, seconds in enumerate((decide_s, stage_s, launch_s, answer_s)):
+    def add_host(self, *stages_s: float) -> None:
+        """Count one step's host seconds, as in `HostStats`; only one thread may."""
+        for i, seconds in enumerate(stages_s):
             self._host_s[i] += max(seconds, 0.0)  # a clock may jump back
 
     def fold_some(self) -> None:

@@ -274,6 +274,7 @@ class Server:
 
     def _launch(self, batch: Batch) -> None:
         """Stage and start a step."""
+        begun_s = self.clock()
         numbers = [n for chunk in batch.chunks for n in chunk.requests]
         requests = self.books.start(numbers)
         if len(requests) < len(numbers):
@@ -285,18 +286,19 @@ class Server:
             self.books.finish([(number, lost) for number in requests], "failed")
             return
         try:
-            flight = self._start(batch, requests)
+            flight = self._start(batch, requests, begun_s)
         except Exception as error:  # whatever a device raises is an outcome per job
             self.faults.failed(batch, requests, error)
         else:
             self._in_flight.append(flight)
 
-    def _start(self, batch: Batch, requests: dict[int, Request]) -> Flight:
+    def _start(
+        self, batch: Batch, requests: dict[int, Request], begun_s: float
+    ) -> Flight:
         lane, bucket = self.lanes[batch.lane], batch.bucket
         if bucket not in lane.steps and len(batch.chunks) == 1:
             bucket = next(iter(lane.steps))  # a retry, in a lane rebuilt meanwhile
             batch = replace(batch, bucket=bucket)
-        begun_s = self.clock()
         leaves_of = {number: r.leaves for number, r in requests.items()}
         slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
@@ -319,8 +321,9 @@ class Server:
 
     def _read(self, flight: Flight) -> None:
         """Wait for a step and answer its requests."""
+        begun_s, batch = self.clock(), flight.batch
         self.metrics.fold_some()  # while the device works
-        batch = flight.batch
+        fold_s = self.clock() - begun_s
         try:
             outputs = self.device.read(flight.outputs)
         except Exception as error:  # see _launch
@@ -345,7 +348,7 @@ class Server:
             self.faults.answered(batch)
         answer_s = self.clock() - now_s
         self.metrics.add_host(
-            flight.decide_s, flight.stage_s, flight.launch_s, answer_s
+            flight.decide_s, flight.stage_s, flight.launch_s, answer_s, fold_s
         )
 
     def depart(self, tenant: Tenant) -> None:
