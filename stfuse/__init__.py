@@ -23,8 +23,9 @@ from stfuse._errors import (
     StfuseError,
 )
 from stfuse._fuse import Fused, fuse
+from stfuse._health import Health
 from stfuse._job import Job
-from stfuse._metrics import BucketStats, Snapshot, TenantStats
+from stfuse._metrics import BucketStats, HostStats, Snapshot, TenantStats
 from stfuse._plan import Launch, Plan
 from stfuse._types import Cost
 
@@ -37,6 +38,8 @@ __all__ = [
     "DeviceError",
     "Engine",
     "Fused",
+    "Health",
+    "HostStats",
     "Job",
     "JobError",
     "Launch",

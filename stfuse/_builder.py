@@ -58,6 +58,10 @@ class Builder:
                 self._pending.append(lane)
             self._server.lock.notify_all()
 
+    def is_pending(self, lane: str) -> bool:
+        """Return whether a lane is still to be brought up to date."""
+        return lane in self._pending
+
     def close(self) -> None:
         """Finish what waiting requests need, then stop."""
         with self._server.lock:
@@ -78,6 +82,7 @@ class Builder:
 
     def _update(self, name: str) -> None:
         """Bring one lane up to date with its tenants."""
+        self._server.faults.canary.prepare()  # does nothing if it is
         with self._server.lock:
             tenants = [t for t in self._server.tenants.values() if t.lane == name]
             new = [t for t in tenants if not t.is_placed]

@@ -1,7 +1,8 @@
 """Engine: serve jobs under a policy. The only file that starts threads.
 
 Rules:
-    Callers validate and queue; one thread owns the device; one thread builds lanes.
+    Callers validate and queue; one thread owns the device; one thread builds lanes;
+    one runs the callbacks of futures, so that a slow one holds up nothing else.
     A request is refused where it is made (an exception) or answered through its future.
     ``add`` and ``remove`` never disturb the other jobs; ``swap`` returns once every
     later request is sure to see the new weights.
@@ -10,27 +11,31 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import math
+import functools
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from stfuse import _cache, _lane
+from stfuse import _cache, _supervise
 from stfuse._builder import Builder
 from stfuse._device import JaxDevice
-from stfuse._errors import ClosedError, DeadlineError, JobError, RequestError
+from stfuse._errors import (
+    ClosedError,
+    DeadlineError,
+    JobError,
+    RequestError,
+)
 from stfuse._flight import Tenant
-from stfuse._inputs import check_inputs
+from stfuse._health import Health
+from stfuse._inputs import check_seconds
 from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
+from stfuse._swap import own, write_weights
 from stfuse._trace import trace
 from stfuse._types import Clock, Device, Drain, Join, Leave, Policy
 
@@ -74,7 +79,7 @@ class Engine:
         device: Any = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Start the device thread and the builder thread."""
+        """Start its threads."""
         for name, value in (
             ("max_batch_size", max_batch_size),
             ("max_slots", max_slots),
@@ -104,15 +109,8 @@ class Engine:
             self._server, chosen, max_batch_size=max_batch_size, max_slots=max_slots
         )
         self._compiles_before = _cache.STEPS.num_compiles
-        self._threads = [
-            threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
-            for what, run in (
-                ("build", self._builder.run),
-                ("serve", self._server.serve),
-            )
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._server.rebuild = self._builder.request
+        self._threads = _started(self._server, self._builder)
 
     def add(self, job: Job) -> Future[None]:
         """Take a job's requests from now on.
@@ -138,7 +136,7 @@ class Engine:
                 f"`stfuse.Engine.add`: found a {found}; pass a `stfuse.Job`."
             )
         traces = tuple(map(trace, job.programs))
-        member = Member(job, traces, _own(job.flatten_params(job.params)))
+        member = Member(job, traces, own(job.flatten_params(job.params)))
         lane = self._builder.lane_of(job.name)
         tenant = Tenant(job, member, lane)
         with self._server.lock:
@@ -187,28 +185,19 @@ class Engine:
 
         Raises:
             JobError: no such job, or params unlike the job's; the old ones stay.
-            DeviceError: the new step, needed when a shared leaf stops being equal,
-                could not be built; the old weights stay.
+            DeviceError: the weights could not be written, or the new step, needed when
+                a shared leaf stops being equal, not be built; the old weights stay.
         """
         tenant = self._tenant("swap", name, JobError)
-        leaves = _own(tenant.job.flatten_params(params))
-
-        def write() -> Future[None] | None:
-            old = tenant.member
-            tenant.member = replace(old, params=leaves, generation=old.generation + 1)
-            lane = self._server.lanes.get(tenant.lane)
-            if lane is None or not tenant.is_placed or _lane.write(lane, tenant.member):
-                return None  # a lane that is being built takes the newest weights
-            waiting: Future[None] = Future()
-            waiting.add_done_callback(lambda f: f.exception() and _restore(tenant, old))
-            tenant.swaps.append(waiting)
-            self._builder.request(tenant.lane)
-            return waiting
-
+        leaves = own(tenant.job.flatten_params(params))
+        write = functools.partial(
+            write_weights, self._server, self._builder, tenant, leaves
+        )
         waiting = self._server.command(write).result()
         if waiting is not None:
             self._check_thread("swap")
             waiting.result()
+            self._server.faults.release(name)
 
     def submit(
         self, name: str, inputs: Any, *, deadline_s: float | None = None
@@ -232,23 +221,15 @@ class Engine:
             QueueFullError: the job has ``max_queue_size`` requests waiting.
             DeadlineError: the deadline has passed already.
             ClosedError: the engine is closed, or the job is being removed.
+            DeviceError: the device is lost, or the job in quarantine since its
+                requests failed alone three times in a row.
         """
         call = "stfuse.Engine.submit"
         tenant = self._tenant("submit", name, RequestError)
-        checked = check_inputs(tenant.job, inputs, call=call, copy=True)
-        if checked.rows > self._max_batch_size:
-            raise RequestError(
-                f"`{call}`: job '{name}': found {checked.rows} rows; expected at most "
-                f"max_batch_size = {self._max_batch_size}. Send several requests.",
-                jobs=(name,),
-            )
-        until_s = tenant.job.slo_s if deadline_s is None else deadline_s
-        is_number = isinstance(until_s, int | float) and not math.isnan(until_s)
-        if until_s is not None and not is_number:
-            raise RequestError(
-                f"`{call}`: job '{name}': deadline_s is {until_s!r}; pass seconds.",
-                jobs=(name,),
-            )
+        checked = tenant.form.check(inputs, self._max_batch_size, call=call)
+        until_s = tenant.job.slo_s
+        if deadline_s is not None:
+            until_s = check_seconds(tenant.job, deadline_s, call=call)
         return self._server.submit(tenant, checked, until_s)
 
     def infer(self, name: str, inputs: Any, *, timeout_s: float | None = None) -> Any:
@@ -299,22 +280,42 @@ class Engine:
 
     def stats(self) -> Snapshot:
         """Return what was served so far, and by whom."""
-        server = self._server
+        server, faults = self._server, self._server.faults
         with server.lock:
-            tenants = server.tenants
-            return server.metrics.snapshot(
-                queued={n: len(server.scheduler.queued(n)) for n in tenants},
-                generations={n: t.member.generation for n, t in tenants.items()},
-                lanes={n: t.lane if t.is_placed else None for n, t in tenants.items()},
-                compiles=_cache.STEPS.num_compiles - self._compiles_before,
-            )
+            tenants = dict(server.tenants)
+            queued = {n: len(server.scheduler.queued(n)) for n in tenants}
+            quarantine = {n: faults.quarantine.reason(n) for n in faults.quarantine}
+        return server.metrics.snapshot(  # without the lock: it may take a while
+            queued=queued,
+            generations={n: t.member.generation for n, t in tenants.items()},
+            lanes={n: t.lane if t.is_placed else None for n, t in tenants.items()},
+            compiles=_cache.STEPS.num_compiles - self._compiles_before,
+            quarantine=quarantine,
+            restarts=faults.num_restarts,
+            problem=faults.state.reason,
+        )
 
-    def close(self, drain: bool = True) -> None:
+    def health(self, *, timeout_s: float = 1.0) -> Health:
+        """Have a row with a known answer computed, between two steps.
+
+        A device that was lost and answers again is taken back into service.
+
+        Args:
+            timeout_s: how long to wait for the answer, seconds.
+
+        Returns:
+            What was found. This never raises, and never waits longer.
+        """
+        return _supervise.check_health(self._server, timeout_s)
+
+    def close(self, drain: bool = True, *, timeout_s: float | None = None) -> None:
         """Stop taking requests, end those there are, and join the threads.
 
         Args:
             drain: whether to answer what is queued; if not, it fails with
                 `ClosedError`. A second close is harmless.
+            timeout_s: after so many seconds, what is left fails with `ClosedError` and
+                a thread that is stuck in the device is left behind; None to wait.
         """
         self._check_thread("close")
         server, closed = self._server, ClosedError(CLOSED)
@@ -323,17 +324,7 @@ class Engine:
             server.scheduler.handle(Drain())
         if not drain:
             server.fail_all(closed)
-        self._builder.close()
-        build, serve = self._threads
-        build.join()
-        unplaced = [n for n, t in server.tenants.items() if not t.is_placed]
-        server.fail_all(closed, unplaced)
-        server.stop()
-        serve.join()
-        for tenant in list(server.tenants.values()):
-            for waiting in (tenant.ready, tenant.drained, *tenant.swaps):
-                if not waiting.done():
-                    waiting.set_exception(closed)
+        _supervise.end(server, self._builder, self._threads, timeout_s)
 
     def __enter__(self) -> Engine:
         """Return the engine."""
@@ -359,11 +350,11 @@ class Engine:
         return tenant
 
     def _check_thread(self, call: str) -> None:
-        if self._server.on_device_thread():
+        if self._server.on_own_thread():
             raise RuntimeError(
                 f"`stfuse.Engine.{call}`: found a call from a future's callback, which "
-                f"runs on the device thread and would wait for itself; call it from "
-                f"another thread."
+                f"runs on a thread of the engine and would hold up, or wait for, "
+                f"itself; call it from another thread."
             )
 
     def _too_late(
@@ -378,14 +369,19 @@ class Engine:
         )
 
 
-def _own(leaves: list[Any]) -> tuple[Any, ...]:
-    """Return leaves that nobody else can change: lanes are rebuilt from them."""
-    return tuple(np.array(x) if isinstance(x, np.ndarray) else x for x in leaves)
-
-
-def _restore(tenant: Tenant, old: Member) -> None:
-    """Go back to the weights that the lane still holds."""
-    tenant.member = replace(old, generation=tenant.member.generation + 1)
+def _started(server: Server, builder: Builder) -> list[threading.Thread]:
+    """Start an engine's threads: one builds, one serves, one runs callbacks."""
+    threads = [
+        threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
+        for what, run in (
+            ("build", lambda: _supervise.build(server, builder)),
+            ("serve", server.serve),
+            ("callbacks", server.books.callbacks.run),
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _policy(name: str) -> Policy:

@@ -7,10 +7,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import numpy as np
+
+from stfuse._answers import Answer
+from stfuse._inputs import Form
 from stfuse._job import Job
 from stfuse._lane import Lane, Member, cut_places
 from stfuse._lengths import Shapes
-from stfuse._stacked import cut, resized
+from stfuse._stacked import LeafPlaces, resized
 from stfuse._types import Batch, StepRecord
 
 
@@ -28,6 +33,8 @@ class Tenant:
         is_leaving: whether it takes no more requests.
         outstanding: requests not yet answered.
         drained: resolves when it left.
+        form: what its requests look like.
+        outputs: structure of its answers; None for a single array.
     """
 
     job: Job
@@ -39,9 +46,17 @@ class Tenant:
     is_leaving: bool = False
     outstanding: int = 0
     drained: Future[None] = field(default_factory=Future)
+    form: Form = field(init=False)
+    outputs: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out once what every request would ask for."""
+        self.form = Form(self.job)
+        structure = jax.tree.structure(self.job.outputs)
+        self.outputs = None if structure == jax.tree.structure(0) else structure
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that would double the time to build one
 class Request:
     """A request and where its answer goes.
 
@@ -54,6 +69,7 @@ class Request:
         future: of its outputs.
         length: which of the job's programs it is for.
         out_sizes: shapes that its outputs are cut back to, or None.
+        is_started: whether its owner was told that it runs, or that it will not.
     """
 
     tenant: Tenant
@@ -61,77 +77,115 @@ class Request:
     rows: int
     submitted_s: float
     deadline_s: float | None
-    future: Future[Any]
+    future: Answer
     length: int = 0
     out_sizes: Shapes | None = None
+    is_started: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """A step that was launched.
 
     Attributes:
         lane: what ran.
         batch: who is in it.
+        requests: its requests by number.
         staged: its host buffers, in use until it was read.
         placed: species and slot of each chunk.
         outputs: its outputs on the device.
         launched_s: when it was launched.
+        decide_s: host seconds that choosing it took.
+        stage_s: host seconds that filling its buffers took.
+        launch_s: host seconds that launching it took.
     """
 
     lane: Lane
     batch: Batch
+    requests: Mapping[int, Request]
     staged: tuple[Any, Any]
     placed: list[tuple[int, int]]
     outputs: Any
     launched_s: float
+    decide_s: float = 0.0
+    stage_s: float = 0.0
+    launch_s: float = 0.0
 
 
-def answers(
-    flight: Flight, outputs: Any, requests: Mapping[int, Request]
-) -> list[tuple[int, Any]]:
+def answers(flight: Flight, outputs: Any) -> list[tuple[int, Any]]:
     """Return each request's number and its own outputs.
 
     Args:
         flight: the step.
         outputs: what it computed, on the host.
-        requests: by number.
     """
     found = []
+    lane, bucket = flight.lane, flight.batch.bucket
+    places_of = [
+        cut_places(lane, bucket, s) if k else () for s, k in enumerate(bucket.slots)
+    ]
     for chunk, (s, k) in zip(flight.batch.chunks, flight.placed, strict=True):
         start = 0
-        places = cut_places(flight.lane, flight.batch.bucket, s)
         for number in chunk.requests:
-            request = requests[number]
-            rows, job = request.rows, request.tenant.job
-            at = resized(places, request.out_sizes)
-            own = cut(outputs, at, k, start, rows, job)
+            request = flight.requests[number]
+            at = places_of[s]
+            if request.out_sizes is not None:
+                at = resized(at, request.out_sizes)
+            leaves = cut_leaves(outputs, at, k, start, request)
+            structure = request.tenant.outputs
+            own = leaves[0] if structure is None else structure.unflatten(leaves)
             found.append((number, own))
             start += request.rows
     return found
 
 
-def record(
-    flight: Flight, requests: Mapping[int, Request], now_s: float, step_s: float
-) -> StepRecord:
+def cut_leaves(
+    outputs: Sequence[Any], places: LeafPlaces, slot: int, start: int, request: Request
+) -> list[Any]:
+    """Return one request's output leaves, copied so that they are the caller's own.
+
+    Args:
+        outputs: a step's output arrays ``[rows, B, *padded]``.
+        places: where the leaves of its species' slot 0 stand.
+        slot: its slot.
+        start: its first row.
+        request: whose; an unbatched job's leaves have no row axis.
+    """
+    is_batched = request.tenant.job.batched
+    of = slice(start, start + request.rows) if is_batched else start
+    own = []
+    for i, row, shape in places:
+        x = outputs[i]
+        y = x[row + slot, of]
+        if y.shape[is_batched:] != shape:
+            inner = (slice(None),) * is_batched
+            y = y[(*inner, *map(slice, shape))]
+        own.append(np.array(y) if isinstance(x, np.ndarray) else y)
+    return own
+
+
+def record(flight: Flight, now_s: float, step_s: float) -> StepRecord:
     """Return what a step did, for the metrics."""
     rows: dict[str, int] = {}
-    latencies_s: dict[str, list[float]] = {}
+    latencies_s: dict[str, tuple[float, ...]] = {}
     late: dict[str, int] = {}
     for chunk in flight.batch.chunks:
         name = chunk.tenant
         rows[name] = rows.get(name, 0) + chunk.rows
-        of = [requests[number] for number in chunk.requests]
-        latencies_s.setdefault(name, []).extend(now_s - r.submitted_s for r in of)
-        num_late = sum(r.deadline_s is not None and now_s > r.deadline_s for r in of)
-        late[name] = late.get(name, 0) + num_late
+        waited = []
+        for number in chunk.requests:
+            request = flight.requests[number]
+            waited.append(now_s - request.submitted_s)
+            if request.deadline_s is not None and now_s > request.deadline_s:
+                late[name] = late.get(name, 0) + 1
+        latencies_s[name] = (*latencies_s.get(name, ()), *waited)
     return StepRecord(
         lane=flight.lane.name,
         bucket=flight.batch.bucket,
         step_s=step_s,
         predicted_s=flight.batch.predicted_s,
         rows=rows,
-        latencies_s={name: tuple(each) for name, each in latencies_s.items()},
+        latencies_s=latencies_s,
         late=late,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from stfuse._job import Job
 from stfuse._lengths import Shapes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double the time to build one
 class Checked:
     """One request's inputs as a step takes them.
 
@@ -30,6 +31,75 @@ class Checked:
     rows: int
     length: int = 0
     out_sizes: Shapes | None = None
+
+
+class Form:
+    """What most requests of a job look like, worked out once per job.
+
+    Args:
+        job: whose requests.
+
+    Attributes:
+        structure: of the inputs.
+        leaves: per leaf its row's shape and its dtype.
+        is_plain: whether requests have rows, all of one shape.
+    """
+
+    __slots__ = ("is_plain", "job", "leaves", "structure")
+
+    def __init__(self, job: Job) -> None:
+        """Read a job's specs."""
+        self.job = job
+        self.structure = jax.tree.structure(job.row)
+        self.leaves = [(x.shape, x.dtype) for x in jax.tree.leaves(job.row)]
+        self.is_plain = job.batched and job.lengths is None and bool(self.leaves)
+
+    def check(self, inputs: Any, most_rows: int, *, call: str) -> Checked:
+        """Return a copy of a request's inputs; `check_inputs` without its detours.
+
+        Whatever is not plainly right goes the long way, which converts or refuses it.
+
+        Args:
+            inputs: pytree like the job's example.
+            most_rows: B at most.
+            call: the public call to name in errors.
+
+        Raises:
+            RequestError: as of `check_inputs`, or too many rows.
+        """
+        try:
+            found = self.structure.flatten_up_to(inputs) if self.is_plain else ()
+        except (ValueError, TypeError):
+            found = ()
+        rows, leaves = 0, []
+        for x, (shape, dtype) in zip(found, self.leaves, strict=False):
+            if type(x) is not np.ndarray or x.dtype != dtype or not x.ndim:
+                break
+            size = x.shape
+            if size[1:] != shape or size[0] != (rows or size[0]):
+                break
+            rows = size[0]
+            leaves.append(x.copy())
+        if rows and len(leaves) == len(self.leaves):
+            checked = Checked(leaves, rows)
+        else:
+            checked = check_inputs(self.job, inputs, call=call, copy=True)
+        if checked.rows > most_rows:
+            what = f"found {checked.rows} rows; expected at most max_batch_size = "
+            more = f"{most_rows}. Send several requests"
+            raise _refused(call, self.job, what + more)
+        return checked
+
+
+def check_seconds(job: Job, deadline_s: Any, *, call: str) -> float:
+    """Return a request's deadline, if it is a number of seconds.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if not isinstance(deadline_s, int | float) or math.isnan(deadline_s):
+        raise _refused(call, job, f"deadline_s is {deadline_s!r}; pass seconds")
+    return deadline_s
 
 
 def check_inputs(job: Job, inputs: Any, *, call: str, copy: bool = False) -> Checked:

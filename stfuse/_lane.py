@@ -156,6 +156,11 @@ def leave(lane: Lane, name: str) -> None:
     lane.generations.pop(name, None)
 
 
+def is_intact(lane: Lane) -> bool:
+    """Return whether a lane has its weights: a write that fails may have eaten them."""
+    return not any(stack.is_deleted() for stack in lane.bank.stacks)
+
+
 def write(lane: Lane, member: Member) -> bool:
     """Put a job's weights into its slots; False if that would change the layout."""
     # Programs that share a bank hold the job in the same slot of it.
@@ -218,8 +223,9 @@ def stage(
     """
     free = lane.buffers.setdefault(bucket, [])
     slots, buffers = free.pop() if free else _allocate(lane, bucket)
-    filled = [0] * len(lane.traces)
+    filled = [0] * len(lane.capacities)
     placed = []
+    entries_of = _entries(lane, bucket)
     for chunk in chunks:
         s, own = lane.places[chunk.tenant][chunk.length]
         k = own if slots[s] is None else filled[s]
@@ -227,14 +233,15 @@ def stage(
         placed.append((s, k))
         if slots[s] is not None:
             slots[s][k] = own
-        requests = [leaves_of[r] for r in chunk.requests]
-        for leaf, i, row in _entries(lane, bucket)[s]:
-            _copy_rows([leaves[leaf] for leaves in requests], buffers[i][row + k])
-    for s, entries in _entries(lane, bucket).items():
-        used = {k for of, k in placed if of == s}
-        unused = [k for k in range(bucket.slots[s]) if k not in used]
-        for _, i, row in entries if unused else ():
-            buffers[i][[row + k for k in unused]] = 0
+        own_leaves = [leaves_of[r] for r in chunk.requests]
+        for leaf, i, row in entries_of[s]:
+            _copy_rows([leaves[leaf] for leaves in own_leaves], buffers[i], row + k)
+    for s, entries in entries_of.items():
+        if filled[s] < bucket.slots[s]:
+            used = {k for of, k in placed if of == s}
+            unused = [k for k in range(bucket.slots[s]) if k not in used]
+            for _, i, row in entries:
+                buffers[i][[row + k for k in unused]] = 0
         if slots[s] is not None:
             slots[s][filled[s] :] = 0
     return slots, buffers, placed
@@ -299,11 +306,15 @@ def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), _specs(lane, bucket))
 
 
-def _copy_rows(requests: Sequence[Any], rows: Any) -> None:
+def _copy_rows(requests: Sequence[Any], buffer: Any, slot: int) -> None:
     """Copy leaves into one slot's rows, one after the other; zero the rows left."""
-    at = 0
+    at, is_padded = 0, requests[0].shape[1:] != buffer.shape[2:]
     for leaf in requests:
-        inner = tuple(map(slice, leaf.shape[1:]))
-        rows[(slice(at, at + len(leaf)), *inner)] = leaf
-        at += len(leaf)
-    rows[at:] = 0
+        end = at + len(leaf)
+        if is_padded:
+            buffer[(slot, slice(at, end), *map(slice, leaf.shape[1:]))] = leaf
+        else:
+            buffer[slot, at:end] = leaf
+        at = end
+    if at < buffer.shape[1]:
+        buffer[slot, at:] = 0

@@ -3,10 +3,10 @@
 Rules:
     Everything here is guarded by ``server.lock``; only launches and reads run outside
     it, on the one device thread, with at most two steps in flight.
-    A request is answered once, by this thread, after its future said that it runs.
-    A failed step is run again by halves until the request that breaks it stands alone.
+    A request is answered once, by whoever takes it off the books.
     What others want done on the device (a swap, a new lane) is a command: it runs
     between two steps.
+    Nothing that raises here ends the thread; `_faults` says what follows.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from absl import logging
+from jax.profiler import StepTraceAnnotation
+
 from stfuse import _flight, _lane
+from stfuse._answers import settle
+from stfuse._books import Books
 from stfuse._cache import CostTable
-from stfuse._errors import (
-    ClosedError,
-    DeadlineError,
-    DeviceError,
-    QueueFullError,
-)
-from stfuse._flight import Flight, Request, Tenant, halves, only
+from stfuse._errors import ClosedError, DeadlineError, DeviceError, QueueFullError
+from stfuse._faults import Faults
+from stfuse._flight import Flight, Request, Tenant, only
 from stfuse._inputs import Checked
 from stfuse._lane import Lane
 from stfuse._metrics import Metrics
@@ -34,8 +35,8 @@ from stfuse._scheduler import Scheduler
 from stfuse._types import (
     Batch,
     Bucket,
-    Cancel,
     Clock,
+    Decision,
     Device,
     Install,
     Leave,
@@ -46,6 +47,7 @@ from stfuse._types import (
 CLOSED = "`stfuse.Engine`: the engine is closed; build a new one."
 _LATE = "the request's deadline passed before it could start"
 _MAX_IN_FLIGHT = 2
+_Command = tuple[Callable[[], Any], Future[Any]]
 
 
 class Server:
@@ -67,13 +69,18 @@ class Server:
         self.lanes: dict[str, Lane] = {}
         self.metrics = Metrics()
         self.costs = CostTable()
+        self.books = Books(self.lock, scheduler, self.metrics, self.depart)
+        self._in_flight: deque[Flight] = deque()
+        self.faults = Faults(
+            self.lock, clock, device, self.books, self._in_flight, self.metrics
+        )
+        self.rebuild: Callable[[str], None] = lambda lane: None
         self.is_closed = False
         self._is_stopping = self._is_stopped = False
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._requests: dict[int, Request] = {}
-        self._retries: deque[Batch] = deque()
-        self._in_flight: deque[Flight] = deque()
-        self._num_requests = 0
+        self._has_served = True  # a step, since the loop last began
+        self._commands: deque[_Command] = deque()
+        self._decide_s = 0.0
+        self._num_launches = 0
         self._read_s = 0.0
         self._thread: threading.Thread | None = None
         subscribe = getattr(clock, "subscribe", None)
@@ -92,15 +99,16 @@ class Server:
             self._is_stopping = True
             self.lock.notify_all()
 
-    def on_device_thread(self) -> bool:
-        """Return whether the caller is a future's callback on the device thread."""
-        return threading.current_thread() is self._thread
+    def on_own_thread(self) -> bool:
+        """Return whether the caller is a future's callback."""
+        is_callback = self.books.callbacks.is_own_thread()
+        return is_callback or threading.current_thread() is self._thread
 
     def command(self, run: Callable[[], Any]) -> Future[Any]:
         """Have something done on the device thread, between two steps."""
         done: Future[Any] = Future()
-        if self.on_device_thread():
-            _resolve(done, run)
+        if threading.current_thread() is self._thread:
+            self._run(run, done)
             return done
         with self.lock:
             if self._is_stopped:
@@ -117,63 +125,118 @@ class Server:
 
         Raises:
             QueueFullError, DeadlineError, ClosedError: from the scheduler.
+            DeviceError: the device is lost, or the job in quarantine.
         """
-        future: Future[Any] = Future()
+        name, faults = tenant.job.name, self.faults
         with self.lock:
             if self.is_closed:
-                raise ClosedError(CLOSED, jobs=(tenant.job.name,))
-            number = self._num_requests = self._num_requests + 1
+                raise ClosedError(CLOSED, jobs=(name,))
+            if faults.state.reason or faults.quarantine:
+                faults.admit(tenant)
             now_s = self.clock()
+            number = self.books.next_number()
             until_s = None if deadline_s is None else now_s + deadline_s
-            name = tenant.job.name
             try:
                 self.scheduler.handle(
                     Submit(number, name, inputs.rows, now_s, until_s, inputs.length)
                 )
-            except (QueueFullError, DeadlineError):
-                self.metrics.count(name, "rejected")
+            except (QueueFullError, DeadlineError) as error:
+                is_full = isinstance(error, QueueFullError)
+                self.metrics.count(name, "queue_full" if is_full else "predicted_miss")
                 raise
-            self._requests[number] = Request(
-                tenant=tenant,
-                leaves=inputs.leaves,
-                rows=inputs.rows,
-                submitted_s=now_s,
-                deadline_s=until_s,
-                future=future,
-                length=inputs.length,
-                out_sizes=inputs.out_sizes,
-            )
-            tenant.outstanding += 1
+            future = self.books.open(number, tenant, inputs, now_s, until_s)
             self.lock.notify_all()
-        future.add_done_callback(lambda f: f.cancelled() and self._cancelled(number))
         return future
 
     def serve(self) -> None:
         """Run until told to stop and everything is answered: the device thread."""
         self._thread = threading.current_thread()
         while True:
+            try:
+                return self._serve()
+            except BaseException as error:  # only `stop` may end this thread
+                self.faults.restarted(error, is_again=not self._has_served)
+                self._has_served = False
+
+    def _serve(self) -> None:
+        while True:
             with self.lock:
                 work = self._next()
             if work is None:
                 return
-            commands, batch, expired = work
-            for run, done in commands:
-                _resolve(done, run)
-            if expired:
-                self._finish([(n, DeadlineError(_LATE)) for n in expired], "expired")
-            if batch is not None:
-                self._launch(batch)
-            elif self._in_flight and not commands:
-                self._read(self._in_flight.popleft())
+            if isinstance(work, Flight):
+                self._read(work)
+            elif isinstance(work, Decision):
+                if work.expired:
+                    late = [(n, DeadlineError(_LATE)) for n in work.expired]
+                    self.books.finish(late, "expired")
+                if work.batch is not None:
+                    self._launch(work.batch)
+            else:
+                self._run(*work)
+
+    def _next(self) -> _Command | Decision | Flight | None:
+        """Wait for work, None for the end; the lock is held."""
+        faults = self.faults
+        while True:
+            if self._commands:
+                return self._commands.popleft()
+            wait_s = None
+            if faults.state.reason:
+                if not faults.state.is_final:
+                    wait_s = faults.state.probe_in_s(self.clock())
+                    if not wait_s:
+                        return faults.probe, Future()
+            elif len(self._in_flight) < _MAX_IN_FLIGHT:
+                self._decide_s = 0.0
+                if faults.retries:
+                    return Decision(faults.retries.popleft())
+                now_s = self.clock()
+                decision = self.scheduler.decide(now_s)
+                if decision.batch or decision.expired:
+                    self._decide_s = self.clock() - now_s
+                    return decision
+                if decision.wait_until_s is not None:
+                    wait_s = max(decision.wait_until_s - now_s, 0.0)
+            if self._in_flight:
+                return self._in_flight.popleft()
+            is_over = faults.state.reason or not self.scheduler.num_queued
+            if self._is_stopping and is_over:
+                self._is_stopped = True
+                return None
+            # A simulated clock wakes us itself whenever it moves.
+            self.lock.wait(wait_s if self._is_clock_real else None)
+
+    def _run(self, run: Callable[[], Any], done: Future[Any]) -> None:
+        """Carry out a command; its error is its caller's, unless it cost a lane."""
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            settle(done, run())
+        except Exception as error:
+            for lane in list(self.lanes.values()):
+                if not _lane.is_intact(lane):
+                    self.lose_lane(lane)
+            settle(done, error)
+
+    def lose_lane(self, lane: Lane) -> None:
+        """Stop serving a lane whose weights are spoilt; have it built anew."""
+        logging.error("stfuse: lane '%s' lost its weights; it is built anew", lane.name)
+        with self.lock:
+            if self.lanes.get(lane.name) is not lane:
+                return
+            del self.lanes[lane.name]
+            for tenant in self.tenants.values():
+                if tenant.lane == lane.name:
+                    tenant.is_placed = False
+            self.scheduler.handle(Install(lane.name, (), {}))
+        self.rebuild(lane.name)
 
     def fail_all(self, error: Exception, names: Sequence[str] | None = None) -> None:
         """Give waiting requests (of some tenants) an error instead of an answer."""
         with self.lock:
-            wanted = set(self.tenants if names is None else names)
-            numbers = [n for name in wanted for n in self.scheduler.queued(name)]
-            for number in numbers:
-                self.scheduler.handle(Cancel(number))
-        self._finish([(number, error) for number in numbers], "failed")
+            names = list(self.tenants) if names is None else names
+        self.books.fail_queued(error, names)
 
     def measure(self, lane: Lane, bucket: Bucket) -> float:
         """Run a compiled bucket on sample inputs; return its predicted seconds."""
@@ -209,136 +272,84 @@ class Server:
         self.device.read(self.device.launch(step, lane.bank.stacks, slots, inputs))
         return max(self.clock() - start_s, 1e-6)
 
-    def _next(self) -> tuple[list[Any], Batch | None, tuple[int, ...]] | None:
-        """Wait for work, None for the end; the lock is held."""
-        while True:
-            commands = list(self._commands)
-            self._commands.clear()
-            batch, expired, wait_s = None, (), None
-            if not commands and len(self._in_flight) < _MAX_IN_FLIGHT:
-                if self._retries:
-                    batch = self._retries.popleft()
-                else:
-                    now_s = self.clock()
-                    decision = self.scheduler.decide(now_s)
-                    batch, expired = decision.batch, decision.expired
-                    if decision.wait_until_s is not None:
-                        wait_s = max(decision.wait_until_s - now_s, 0.0)
-            if commands or batch or expired or self._in_flight:
-                return commands, batch, expired
-            if self._is_stopping and not self.scheduler.num_queued:
-                self._is_stopped = True
-                return None
-            # A simulated clock wakes us itself whenever it moves.
-            self.lock.wait(wait_s if self._is_clock_real else None)
-
     def _launch(self, batch: Batch) -> None:
         """Stage and start a step."""
+        begun_s = self.clock()
         numbers = [n for chunk in batch.chunks for n in chunk.requests]
-        batch = only(batch, filter(self._is_running, numbers), self._requests)
-        if not batch.chunks:
-            return  # all of them were cancelled
+        requests = self.books.start(numbers)
+        if len(requests) < len(numbers):
+            batch = only(batch, requests, requests)
+            if not requests:
+                return  # all of them were cancelled
+        if batch.lane not in self.lanes:  # a retry, in a lane that was lost meanwhile
+            lost = DeviceError(f"lane '{batch.lane}' was lost while a step ran in it")
+            self.books.finish([(number, lost) for number in requests], "failed")
+            return
+        try:
+            flight = self._start(batch, requests, begun_s)
+        except Exception as error:  # whatever a device raises is an outcome per job
+            self.faults.failed(batch, requests, error)
+        else:
+            self._in_flight.append(flight)
+
+    def _start(
+        self, batch: Batch, requests: dict[int, Request], begun_s: float
+    ) -> Flight:
         lane, bucket = self.lanes[batch.lane], batch.bucket
         if bucket not in lane.steps and len(batch.chunks) == 1:
             bucket = next(iter(lane.steps))  # a retry, in a lane rebuilt meanwhile
             batch = replace(batch, bucket=bucket)
+        leaves_of = {number: r.leaves for number, r in requests.items()}
+        slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
-        try:
+        self._num_launches += 1
+        with StepTraceAnnotation("stfuse", step_num=self._num_launches):
             step = lane.steps[bucket]
-            leaves_of = {
-                n: self._requests[n].leaves for c in batch.chunks for n in c.requests
-            }
-            slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
             outputs = self.device.launch(step, lane.bank.stacks, slots, inputs)
-        except Exception as error:  # whatever a device raises is an outcome per job
-            self._failed(batch, error)
-            return
-        self._in_flight.append(
-            Flight(lane, batch, (slots, inputs), placed, outputs, launched_s)
-        )
-
-    def _is_running(self, number: int) -> bool:
-        request = self._requests.get(number)
-        if request is None:
-            return False
-        # A retried request is marked as running already.
-        return request.future.running() or (
-            request.future.set_running_or_notify_cancel()
+        return Flight(
+            lane,
+            batch,
+            requests,
+            (slots, inputs),
+            placed,
+            outputs,
+            launched_s,
+            decide_s=self._decide_s,
+            stage_s=launched_s - begun_s,
+            launch_s=self.clock() - launched_s,
         )
 
     def _read(self, flight: Flight) -> None:
         """Wait for a step and answer its requests."""
+        begun_s, batch = self.clock(), flight.batch
+        self.metrics.fold_some()  # while the device works
+        fold_s = self.clock() - begun_s
         try:
             outputs = self.device.read(flight.outputs)
         except Exception as error:  # see _launch
-            self._failed(flight.batch, error)
+            self.faults.failed(batch, flight.requests, error)
             return
         now_s = self.clock()
         step_s = max(now_s - max(flight.launched_s, self._read_s), 1e-6)
         self._read_s = now_s
-        lane, bucket = flight.lane, flight.batch.bucket
+        lane, bucket = flight.lane, batch.bucket
         prediction_s = self._predict(lane, bucket, step_s)
-        record = _flight.record(flight, self._requests, now_s, step_s)
-        answers = _flight.answers(flight, outputs, self._requests)
+        record = _flight.record(flight, now_s, step_s)
+        answers = _flight.answers(flight, outputs)
         _lane.release(lane, bucket, *flight.staged)
         with self.lock:
             if self.lanes.get(lane.name) is lane:
                 self.scheduler.handle(Ready(lane.name, bucket, prediction_s))
             self.metrics.record(record)
-            ended = self._forget(answers)
-        self._resolve(ended)
-
-    def _failed(self, batch: Batch, error: Exception) -> None:
-        """Run a failed step again by halves; a request alone in it gets the error."""
-        requests = [(c.tenant, n) for c in batch.chunks for n in c.requests]
-        if len(requests) == 1:
-            name, number = requests[0]
-            failure = DeviceError(
-                f"job '{name}': the step failed: {type(error).__name__}: {error}",
-                jobs=(name,),
-            )
-            failure.__cause__ = error
-            self._finish([(number, failure)], "failed")
-            return
-        self._retries.extend(halves(batch, self._requests))
-
-    def _cancelled(self, number: int) -> None:
-        with self.lock:
-            self.scheduler.handle(Cancel(number))
-        self._finish([(number, None)], "cancelled")
-
-    def _finish(self, outcomes: Sequence[tuple[int, Any]], kind: str) -> None:
-        """End requests that got no answer; ``kind`` says how they are counted."""
-        with self.lock:
-            ended = self._forget(outcomes)
-            for request, _ in ended:
-                self.metrics.count(request.tenant.job.name, kind)
-        self._resolve(ended)
-
-    def _forget(self, outcomes: Sequence[tuple[int, Any]]) -> list[tuple[Request, Any]]:
-        """Take requests off the books, those that still are; the lock is held."""
-        ended = []
-        for number, outcome in outcomes:
-            request = self._requests.pop(number, None)
-            if request is not None:
-                request.tenant.outstanding -= 1
-                ended.append((request, outcome))
-        return ended
-
-    def _resolve(self, ended: Sequence[tuple[Request, Any]]) -> None:
-        """Give futures their outcomes; their callbacks run here, without the lock."""
-        for request, outcome in ended:
-            future, tenant = request.future, request.tenant
-            # A waiting future that its owner cancels right now stays cancelled.
-            if future.running() or (
-                not future.done() and future.set_running_or_notify_cancel()
-            ):
-                if isinstance(outcome, Exception):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
-            if tenant.is_leaving and not tenant.outstanding:
-                self.depart(tenant)
+            ended = self.books.close(answers)
+        self.books.resolve(ended)
+        self._has_served = True
+        if self.faults.quarantine:
+            self.faults.answered(batch)
+        answer_s = self.clock() - now_s
+        self.metrics.add_host(
+            flight.decide_s, flight.stage_s, flight.launch_s, answer_s, fold_s
+        )
 
     def depart(self, tenant: Tenant) -> None:
         """Free the slot of a tenant that has no requests left."""
@@ -346,28 +357,22 @@ class Server:
         def free() -> None:
             if tenant.drained.done():
                 return  # by now its name may be another's
-            lane = self.lanes.get(tenant.lane)
+            name, lane = tenant.job.name, self.lanes.get(tenant.lane)
             if lane is not None and tenant.is_placed:
-                _lane.leave(lane, tenant.job.name)
+                _lane.leave(lane, name)
                 if not lane.places:
                     del self.lanes[tenant.lane]
                     self.costs.forget(tenant.lane)
                     with self.lock:
                         self.scheduler.handle(Install(tenant.lane, (), {}))
             with self.lock:
-                self.tenants.pop(tenant.job.name, None)
-                self.metrics.forget(tenant.job.name)
-            closed = ClosedError(f"job '{tenant.job.name}' was removed")
+                self.tenants.pop(name, None)
+                self.metrics.forget(name)
+                self.faults.quarantine.release(name)
+            closed = ClosedError(f"job '{name}' was removed")
             for waiting in (tenant.ready, *tenant.swaps):
                 if not waiting.done():
                     waiting.set_exception(closed)
             tenant.drained.set_result(None)
 
         self.command(free)
-
-
-def _resolve(done: Future[Any], run: Callable[[], Any]) -> None:
-    try:
-        done.set_result(run())
-    except Exception as error:
-        done.set_exception(error)

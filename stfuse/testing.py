@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -75,12 +76,16 @@ class FakeDevice:
     Args:
         clock: moved by ``step_s`` whenever a step is read; None leaves time alone.
         step_s: seconds of a step, or a function of its input buffers.
+        computes: if not, every answer is zeros, at no cost: to time the host alone.
+            Its canary is wrong then, so that it has no health and no fault to find.
 
     Attributes:
         num_compiles: steps compiled.
         num_launches: steps launched, failed ones included.
         compile_error: raised by every compile while it is set.
         launch_error: ``launch_error(inputs)`` returns an error to raise, or None.
+        read_error: raised by every read while it is set.
+        corrupt: ``corrupt(outputs)`` changes what a step computed; None for nothing.
     """
 
     def __init__(
@@ -88,8 +93,10 @@ class FakeDevice:
         clock: ManualClock | None = None,
         *,
         step_s: float | Callable[[Any], float] = 0.001,
+        computes: bool = True,
     ) -> None:
         """Start healthy."""
+        self._computes = computes
         self.name = f"fake:{next(_NUMBERS)}"  # shares no compiled step with another
         self._real = JaxDevice()
         self._clock = clock
@@ -100,6 +107,8 @@ class FakeDevice:
         self.num_launches = 0
         self.compile_error: Exception | None = None
         self.launch_error: Callable[[Any], Exception | None] | None = None
+        self.read_error: Exception | None = None
+        self.corrupt: Callable[[Sequence[Any]], Sequence[Any]] | None = None
 
     def hold(self) -> None:
         """Let no step finish until `release`."""
@@ -125,6 +134,8 @@ class FakeDevice:
         self.num_compiles += 1
         if self.compile_error is not None:
             raise self.compile_error
+        if not self._computes:
+            return _zeros(step_fn, *specs)
         return self._real.compile(step_fn, *specs)
 
     def put(self, tree: Any) -> Any:
@@ -170,12 +181,25 @@ class FakeDevice:
 
         Returns:
             Per output array of the step, itself on the host, or None.
+
+        Raises:
+            Exception: ``read_error``, while it is set.
         """
         self._open.wait()
         real, step_s = outputs
         if self._clock is not None:
             self._clock.advance(step_s)
-        return self._real.read(real)
+        if self.read_error is not None:
+            raise self.read_error
+        found = self._real.read(real)
+        return found if self.corrupt is None else self.corrupt(found)
+
+
+def _zeros(step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
+    """Return a function that gives what a step would, but zeros, the same each time."""
+    outputs = jax.eval_shape(step_fn, *specs)
+    zeros = [None if x is None else np.zeros(x.shape, x.dtype) for x in outputs]
+    return lambda bank, slots, inputs: zeros
 
 
 def affine_job(

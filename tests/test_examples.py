@@ -19,6 +19,7 @@ SMALLEST = {
         "--calls=1",
         "--rounds=1",
     ],
+    "bench_host": ["--tenants=4", "--rounds=3"],
     "bench_lowering": ["--smoke", "--jobs=2", "--repeats=1"],
     "bench_planning": [
         "--jobs=4",

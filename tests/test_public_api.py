@@ -9,6 +9,7 @@ import pathlib
 import pytest
 
 import stfuse
+import stfuse.metrics
 import stfuse.testing
 
 FILES = sorted(p.stem for p in pathlib.Path(stfuse.__file__).parent.glob("*.py"))
@@ -32,14 +33,19 @@ CONTRACT = {
     "Engine.infer": "self name inputs timeout_s",
     "Engine.infer_async": "self name inputs timeout_s",
     "Engine.stats": "self",
-    "Engine.close": "self drain",
+    "Engine.health": "self timeout_s",
+    "Engine.close": "self drain timeout_s",
 }
 
 
 def public():
     """Return every public callable with the name a user knows it by."""
     found = {}
-    for module, prefix in ((stfuse, ""), (stfuse.testing, "testing.")):
+    for module, prefix in (
+        (stfuse, ""),
+        (stfuse.metrics, "metrics."),
+        (stfuse.testing, "testing."),
+    ):
         for name in module.__all__:
             thing = getattr(module, name)
             found[prefix + name] = thing

@@ -1,0 +1,94 @@
+"""Futures of requests, and the thread that runs their callbacks.
+
+A future without callbacks is resolved where its answer is; one with callbacks on a
+thread of its own, so that a slow one holds up neither the device nor the others.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+from absl import logging
+
+
+class Answer(Future[Any]):
+    """The future of a request; cancelling it gives its place free at once.
+
+    Args:
+        number: the request's.
+        on_cancel: called with the number, by whoever cancelled.
+    """
+
+    def __init__(self, number: int, on_cancel: Callable[[int], None]) -> None:
+        """Start without callbacks."""
+        super().__init__()
+        self.has_callbacks = False
+        self._number = number
+        self._on_cancel = on_cancel
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Have ``fn`` called with this future once it is done."""
+        self.has_callbacks = True
+        super().add_done_callback(fn)
+
+    def cancel(self) -> bool:
+        """Cancel, unless it runs or is done; return whether it is cancelled."""
+        is_cancelled = super().cancel()
+        if is_cancelled:
+            self._on_cancel(self._number)
+        return is_cancelled
+
+
+Outcome = tuple[Answer, Any]  # a future, and its result or exception
+
+
+class Callbacks:
+    """Resolves futures; `run` is the thread of those that have callbacks."""
+
+    def __init__(self) -> None:
+        """Start with nothing to do."""
+        self._waiting: queue.SimpleQueue[Sequence[Outcome] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def resolve(self, outcomes: Sequence[Outcome]) -> None:
+        """Give futures their outcomes; never raises, never waits for a callback."""
+        deferred = []
+        for outcome in outcomes:
+            if outcome[0].has_callbacks:
+                deferred.append(outcome)
+            else:
+                settle(*outcome)
+        if deferred:
+            self._waiting.put(deferred)
+
+    def run(self) -> None:
+        """Resolve what has callbacks until closed: the callback thread."""
+        self._thread = threading.current_thread()
+        while (outcomes := self._waiting.get()) is not None:
+            for outcome in outcomes:
+                settle(*outcome)
+
+    def close(self) -> None:
+        """Let `run` return once it resolved what it has."""
+        self._waiting.put(None)
+
+    def is_own_thread(self) -> bool:
+        """Return whether the caller is a callback."""
+        return threading.current_thread() is self._thread
+
+
+def settle(future: Future[Any], outcome: Any) -> None:
+    """Give a future its outcome, unless its owner was faster and cancelled it."""
+    try:
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except InvalidStateError:
+        pass
+    except BaseException as error:  # SystemExit of a callback must not end a thread
+        logging.error("stfuse: a future's callback raised %r", error)

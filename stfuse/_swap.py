@@ -1,0 +1,67 @@
+"""New weights for a job that is being served."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from stfuse import _lane
+from stfuse._builder import Builder
+from stfuse._errors import DeviceError
+from stfuse._flight import Tenant
+from stfuse._lane import Member
+from stfuse._server import Server
+
+
+def own(leaves: list[Any]) -> tuple[Any, ...]:
+    """Return leaves that nobody else can change: lanes are rebuilt from them."""
+    return tuple(np.array(x) if isinstance(x, np.ndarray) else x for x in leaves)
+
+
+def write_weights(
+    server: Server, builder: Builder, tenant: Tenant, leaves: tuple[Any, ...]
+) -> Future[None] | None:
+    """Write a job's new weights into its lane, on the device thread.
+
+    Args:
+        server: serves the job.
+        builder: builds its lane anew if the weights do not fit into the one there is.
+        tenant: the job.
+        leaves: its new parameters, nobody else's.
+
+    Returns:
+        None if every later request sees them; else a future of when it will.
+
+    Raises:
+        DeviceError: they could not be written; the old ones stay.
+    """
+    old, name = tenant.member, tenant.job.name
+    tenant.member = replace(old, params=leaves, generation=old.generation + 1)
+    lane = server.lanes.get(tenant.lane)
+    if lane is None or not tenant.is_placed:
+        return None  # a lane that is being built takes the newest weights
+    try:
+        if _lane.write(lane, tenant.member):
+            server.faults.release(name)
+            return None
+    except Exception as error:
+        _restore(tenant, old)
+        server.lose_lane(lane)  # some may be written, or the old ones gone
+        raise DeviceError(
+            f"`stfuse.Engine.swap`: job '{name}': the new weights could not be "
+            f"written: {type(error).__name__}: {error}. The old ones stay.",
+            jobs=(name,),
+        ) from error
+    waiting: Future[None] = Future()
+    waiting.add_done_callback(lambda f: f.exception() and _restore(tenant, old))
+    tenant.swaps.append(waiting)
+    builder.request(tenant.lane)
+    return waiting
+
+
+def _restore(tenant: Tenant, old: Member) -> None:
+    """Go back to the weights that the lane still holds."""
+    tenant.member = replace(old, generation=tenant.member.generation + 1)
