@@ -22,7 +22,7 @@ from stfuse._errors import DeviceError, StfuseError
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
 from stfuse._server import Server
-from stfuse._types import Bucket, Install, Policy, Ready
+from stfuse._types import Bucket, Install, Policy
 
 
 class Builder:
@@ -141,14 +141,14 @@ class Builder:
                 if not _lane.write(lane, newest):
                     return False  # swapped to weights that end a leaf's sharing
         first = next(iter(lane.steps))
-        step_s = server.measure(lane, first)  # it must run before it may serve
+        ready = server.measure(lane, first)  # it must run before it may serve
         with server.lock:
             if lane.places:
                 server.lanes[lane.name] = lane
             for tenant in tenants:
                 tenant.is_placed = tenant.job.name in lane.places
             server.scheduler.handle(_install(lane))
-            server.scheduler.handle(Ready(lane.name, first, step_s))
+            server.scheduler.handle(ready)
         for tenant in tenants:
             _resolve_all(tenant.swaps)
         return True

@@ -110,24 +110,32 @@ STEPS = StepCache()
 
 
 class CostTable:
-    """Measured step times by bucket, seconds: a median of the last few.
+    """Measured step times by bucket, seconds: median and p99 of the last ones.
 
-    Medians forget a stall (a first call, a preempted thread) that a mean would keep.
+    A median forgets a stall (a first call, a preempted thread) that a mean would keep;
+    what has to be in time goes by the p99, over a longer window.
     """
 
-    def __init__(self, window: int = 16) -> None:
-        """Start empty; keep the last ``window`` measurements of each bucket."""
-        self._window = window
+    def __init__(self, window: int = 16, p99_window: int = 128) -> None:
+        """Start empty; medians are over ``window`` steps of a bucket."""
+        self._window, self._p99_window = window, p99_window
         self._seen_s: dict[tuple[Hashable, ...], list[float]] = {}
 
-    def record(self, key: tuple[Hashable, ...], step_s: float) -> float:
-        """Add a measurement; return the new prediction."""
+    def record(self, key: tuple[Hashable, ...], step_s: float) -> tuple[float, float]:
+        """Add a measurement; return the median and the p99."""
         seen_s = self._seen_s.setdefault(key, [])
         seen_s.append(step_s)
-        del seen_s[: -self._window]
-        return sorted(seen_s)[len(seen_s) // 2]
+        del seen_s[: -self._p99_window]
+        last_s = sorted(seen_s[-self._window :])
+        return last_s[len(last_s) // 2], _p99(seen_s)
 
     def forget(self, lane: str) -> None:
         """Drop the measurements of a lane that ended: keys that begin with it."""
         for key in [key for key in self._seen_s if key[0] == lane]:
             del self._seen_s[key]
+
+
+def _p99(seen_s: Sequence[float]) -> float:
+    """Return what at most one in a hundred exceeds; of a few, the second largest."""
+    above = sorted(seen_s)[-2:]
+    return above[0] if len(seen_s) > 8 else above[-1]

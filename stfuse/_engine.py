@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from stfuse import _cache, _supervise
+from stfuse._admission import Bounds
 from stfuse._builder import Builder
 from stfuse._device import JaxDevice
 from stfuse._errors import (
@@ -52,6 +53,10 @@ class Engine:
         max_queue_delay_s: how long a request may wait for company while the device is
             free, seconds.
         max_queue_size: most requests that one job may have waiting.
+        max_queue_rows: most rows that one job may have waiting; None: no such bound.
+        max_queue_bytes: most bytes of inputs that one job may have waiting; or None.
+        max_total_rows: most rows that all jobs together may have waiting; or None.
+        max_total_bytes: most bytes of inputs that all jobs together may have waiting.
         device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
             for JAX's default device.
         clock: returns seconds and never goes back.
@@ -76,6 +81,10 @@ class Engine:
         max_slots: int = 64,
         max_queue_delay_s: float = 0.0,
         max_queue_size: int = 1024,
+        max_queue_rows: int | None = None,
+        max_queue_bytes: int | None = None,
+        max_total_rows: int | None = None,
+        max_total_bytes: int | None = 1 << 30,
         device: Any = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -83,7 +92,6 @@ class Engine:
         for name, value in (
             ("max_batch_size", max_batch_size),
             ("max_slots", max_slots),
-            ("max_queue_size", max_queue_size),
         ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(
@@ -95,12 +103,18 @@ class Engine:
                 f"seconds >= 0."
             )
         self._max_batch_size = max_batch_size
-        chosen = _policy(policy)
+        chosen = Policy(policy)
         scheduler = Scheduler(
             chosen,
             max_batch_size=max_batch_size,
-            max_queue_size=max_queue_size,
             max_queue_delay_s=max_queue_delay_s,
+            bounds=Bounds(
+                max_queue_size,
+                max_queue_rows,
+                max_queue_bytes,
+                max_total_rows,
+                max_total_bytes,
+            ),
         )
         is_own = hasattr(device, "launch")
         on: Device = device if is_own else JaxDevice(device)
@@ -382,13 +396,3 @@ def _started(server: Server, builder: Builder) -> list[threading.Thread]:
     for thread in threads:
         thread.start()
     return threads
-
-
-def _policy(name: str) -> Policy:
-    try:
-        return Policy(name)
-    except ValueError:
-        names = ", ".join(repr(p.value) for p in Policy)
-        raise ValueError(
-            f"`stfuse.Engine`: policy is {name!r}; pass one of {names}."
-        ) from None

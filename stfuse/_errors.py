@@ -23,7 +23,24 @@ class RequestError(StfuseError, ValueError):
 
 
 class QueueFullError(StfuseError):
-    """A bounded queue is full; try again after some of it was served."""
+    """A bounded queue is full; try again after some of it was served.
+
+    Args:
+        message: what was found, what was expected, what to do.
+        jobs: names of the jobs that it is about.
+        retry_after_s: when there may be room again, seconds; None if unknown.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        jobs: tuple[str, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        """Keep the estimate beside the message."""
+        super().__init__(message, jobs=jobs)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(StfuseError, TimeoutError):

@@ -10,19 +10,23 @@ Rules:
         time        round robin, one request a step.
     Every fourth step starts with a tenant without deadlines, if one waits: a stream of
     deadlines cannot starve it. A tenant that comes back from idle starts level with
-    the least served: idling earns no credit.
-    A step takes the ready bucket that serves most rows per predicted second among
-    those that serve the first tenant in order.
+    the last served: idling earns no credit.
+    A step takes the ready bucket that serves most rows per predicted second among those
+    that serve the first tenant in order. So work is fused where the measured times say
+    that it pays, and nowhere else.
+    While a step leaves work waiting, throughput decides alone, and requests are dropped
+    that a step as long as the last ones would answer after their deadline: they would
+    only make the next ones late. Else a bucket that answers the first request in time
+    comes before one that does not.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
-from stfuse._errors import ClosedError, DeadlineError, QueueFullError
+from stfuse._admission import Admission, Bounds
+from stfuse._buckets import LaneBuckets, Times, fill
+from stfuse._queues import Queues, Tenant
 from stfuse._types import (
     Batch,
     Bucket,
@@ -40,25 +44,7 @@ from stfuse._types import (
 )
 
 _BEST_EFFORT_EVERY = 4
-
-
-@dataclass(slots=True)
-class _Tenant:
-    name: str
-    weight: float
-    lane: str | None = None
-    species: tuple[int, ...] = (0,)  # by length
-    is_leaving: bool = False
-    # (deadline or inf, request, rows, arrival, length), in the order they run.
-    queue: list[tuple[float, int, int, float, int]] = field(default_factory=list)
-    service_s: float = 0.0
-    turn: int = 0
-
-
-@dataclass(slots=True)
-class _Lane:
-    capacities: tuple[int, ...]
-    ready: dict[Bucket, float] = field(default_factory=dict)
+_LOOK_AHEAD = 2  # times the slots of a step: tenants that are looked at for it
 
 
 class Scheduler:
@@ -70,6 +56,7 @@ class Scheduler:
         max_queue_size: most requests that one tenant may have waiting.
         max_queue_delay_s: how long a request may wait for company while the device is
             idle and its deadline allows.
+        bounds: all that may wait; None for ``max_queue_size`` alone.
     """
 
     def __init__(
@@ -79,132 +66,180 @@ class Scheduler:
         max_batch_size: int = 8,
         max_queue_size: int = 1024,
         max_queue_delay_s: float = 0.0,
+        bounds: Bounds | None = None,
     ) -> None:
         """Start with no tenants."""
         self._policy = policy
         self._max_batch_size = max_batch_size
-        self._max_queue_size = max_queue_size
         self._max_queue_delay_s = max_queue_delay_s
-        self._tenants: dict[str, _Tenant] = {}
-        self._lanes: dict[str, _Lane] = {}
-        self._owner: dict[int, _Tenant] = {}
-        self._waiting: dict[str, _Tenant] = {}
+        self._admission = Admission(policy, bounds or Bounds(max_queue_size))
+        self._queues = Queues(policy, self._emptied)
+        self._tenants: dict[str, Tenant] = {}
+        self._lanes: dict[str, LaneBuckets] = {}
         self._num_steps = 0
+        self._is_contended = False
 
     @property
     def num_queued(self) -> int:
         """Number of requests waiting."""
-        return len(self._owner)
+        return len(self._queues)
+
+    @property
+    def queued_rows(self) -> int:
+        """Rows of the requests waiting."""
+        return self._queues.rows
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of the inputs of the requests waiting."""
+        return self._queues.num_bytes
 
     def queued(self, tenant: str) -> tuple[int, ...]:
         """Return a tenant's waiting requests, in the order they would run."""
         known = self._tenants.get(tenant)
-        return tuple(entry[1] for entry in known.queue) if known else ()
+        return tuple(entry.request for entry in known.queue) if known else ()
 
     def handle(self, event: Event) -> None:
         """Take note of an event.
 
         Raises:
-            QueueFullError: a `Submit` beyond the tenant's bound.
-            DeadlineError: a `Submit` whose deadline has passed.
+            QueueFullError: a `Submit` beyond a bound.
+            DeadlineError: a `Submit` whose deadline has passed, or is sure to pass.
             ClosedError: a `Submit` for a tenant that is unknown or leaving.
         """
         match event:
             case Submit():
-                self._submit(event)
+                known = self._tenants.get(event.tenant)
+                tenant = self._admission.check(event, known, self._queues)
+                self._queues.add(tenant, event)
             case Cancel():
-                self._cancel(event.request)
+                tenant = self._queues.owner(event.request)
+                if tenant is not None:
+                    self._queues.drop(tenant, [event.request])
             case Ready():
-                lane = self._lanes.get(event.lane)
-                if lane is not None:
-                    lane.ready[event.bucket] = event.step_s
+                self._ready(event)
             case Install():
                 self._install(event)
             case Drain():
                 self._max_queue_delay_s = 0.0
             case Join():
-                self._tenants[event.tenant] = _Tenant(event.tenant, event.weight)
+                self._tenants[event.tenant] = Tenant(event.tenant, event.weight)
             case Leave():
                 self._leave(event.tenant)
 
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
-        expired = self._expire(now_s)
-        order = self._order()
-        for first in order:
+        expired = self._queues.expired(now_s)
+        seen: list[Tenant] = []
+        order = self._order(seen, now_s, expired)
+        decision = None
+        i = 0
+        while decision is None and (first := _at(seen, i, order)):
             lane = self._lanes.get(first.lane or "")
-            if lane is None:
-                continue
-            # Under the other policies a lane has one tenant.
-            is_shared = self._policy is Policy.SPACE_TIME
-            mates = [t for t in order if t.lane == first.lane] if is_shared else [first]
-            best = self._best(lane, first, mates)
+            best = None
+            if lane is not None and lane.ready:
+                mates = self._mates(lane, first, i, seen, order)
+                best = self._best(lane, first, mates, now_s)
             if best is None:
-                continue
-            bucket, chunks = best
-            step_s = lane.ready[bucket]
-            num_taken = sum(len(chunk.requests) for chunk in chunks)
-            if num_taken == sum(len(t.queue) for t in mates):  # more may still come
-                hold_s = self._hold_until_s(mates, step_s)
-                if now_s < hold_s:
-                    return Decision(None, expired, hold_s)
-            self._take(chunks, step_s)
-            batch = Batch(first.lane or "", bucket, tuple(chunks), step_s)
-            return Decision(batch, expired)
-        return Decision(None, expired, self._next_deadline_s())
+                self._queues.park(first)
+            else:
+                decision = self._decided(first, lane, mates, best, expired, now_s)
+            i += 1
+        for tenant in seen:
+            if tenant.queue:
+                self._queues.place(tenant)
+        if decision is None:
+            until_s = self._queues.next_deadline_s()
+            return Decision(None, tuple(expired), until_s)
+        return decision
 
-    def _submit(self, event: Submit) -> None:
-        tenant = self._tenants.get(event.tenant)
-        if tenant is None or tenant.is_leaving:
-            raise ClosedError(
-                f"`stfuse.Engine.submit`: job '{event.tenant}' takes no requests; "
-                f"it was removed, or the engine is closed.",
-                jobs=(event.tenant,),
-            )
-        if event.deadline_s is not None and event.deadline_s <= event.now_s:
-            raise DeadlineError(
-                f"`stfuse.Engine.submit`: job '{event.tenant}': found a deadline that "
-                f"has passed; pass deadline_s > 0.",
-                jobs=(event.tenant,),
-            )
-        if len(tenant.queue) >= self._max_queue_size:
-            raise QueueFullError(
-                f"`stfuse.Engine.submit`: job '{event.tenant}' has "
-                f"{len(tenant.queue)} requests waiting, its max_queue_size; submit "
-                f"again after some were answered.",
-                jobs=(event.tenant,),
-            )
-        if not tenant.queue:
-            active = [t.service_s for t in self._waiting.values()]
-            tenant.service_s = max(tenant.service_s, min(active, default=0.0))
-            self._waiting[tenant.name] = tenant
-        deadline_s = math.inf if event.deadline_s is None else event.deadline_s
-        entry = (
-            deadline_s,
-            event.request,
-            event.rows,
-            event.now_s,
-            event.length,
-        )
-        bisect.insort(tenant.queue, entry)
-        self._owner[event.request] = tenant
+    def _order(
+        self, seen: list[Tenant], now_s: float, expired: list[int]
+    ) -> Iterator[Tenant]:
+        """Take tenants in the order to be served; drop what cannot be in time."""
+        turn = self._num_steps % _BEST_EFFORT_EVERY
+        is_patient_first = turn == _BEST_EFFORT_EVERY - 1
+        for tenant in self._queues.in_order(is_patient_first=is_patient_first):
+            if self._is_contended:
+                pace = self._admission.pace
+                until_s = now_s + pace.busy_s(now_s) + pace.step_s
+                hopeless = self._queues.late(tenant, until_s)
+                if hopeless:
+                    self._queues.drop(tenant, hopeless)
+                    expired += hopeless
+            if tenant.queue:
+                seen.append(tenant)
+                yield tenant
 
-    def _cancel(self, request: int) -> None:
-        tenant = self._owner.get(request)
-        if tenant is not None:
-            self._drop(tenant, [request])
+    def _mates(
+        self,
+        lane: LaneBuckets,
+        first: Tenant,
+        i: int,
+        seen: list[Tenant],
+        order: Iterator[Tenant],
+    ) -> list[Tenant]:
+        """Return who may share a step with the first tenant, in order."""
+        if self._policy is not Policy.SPACE_TIME:  # a lane has one tenant
+            return [first]
+        found, most = [first], _LOOK_AHEAD * lane.slots
+        while len(found) < most and (tenant := _at(seen, i := i + 1, order)):
+            if tenant.lane == first.lane:
+                found.append(tenant)
+        return found
+
+    def _decided(
+        self,
+        first: Tenant,
+        lane: LaneBuckets | None,
+        mates: Sequence[Tenant],
+        best: tuple[Bucket, list[Chunk]],
+        expired: Sequence[int],
+        now_s: float,
+    ) -> Decision:
+        """Return a batch, or until when it may wait for company."""
+        assert lane is not None
+        bucket, chunks = best
+        times = lane.ready[bucket]
+        num_taken = sum(len(chunk.requests) for chunk in chunks)
+        if self._max_queue_delay_s and num_taken == len(self._queues):
+            hold_s = self._hold_until_s(mates, times.p99_s)
+            if now_s < hold_s:
+                return Decision(None, tuple(expired), hold_s)
+        self._take(lane, bucket, chunks, now_s)
+        batch = Batch(first.lane or "", bucket, tuple(chunks), times.step_s)
+        return Decision(batch, tuple(expired))
+
+    def _ready(self, event: Ready) -> None:
+        lane = self._lanes.get(event.lane)
+        if lane is not None:
+            p99_s = event.step_s if event.p99_s is None else event.p99_s
+            times = Times(event.step_s, p99_s)
+            if event.bucket in lane.ready:
+                lane.ready[event.bucket] = times
+            else:
+                lane.add(event.bucket, times)
+                self._queues.unpark(event.lane)
 
     def _install(self, event: Install) -> None:
-        if not event.keeps_ready:
-            self._lanes[event.lane] = _Lane(event.capacities)
-        if not event.members:
-            del self._lanes[event.lane]
-        for tenant in self._tenants.values():
-            if tenant.name in event.members:
-                tenant.lane = event.lane
-                tenant.species = event.members[tenant.name]
-            elif tenant.lane == event.lane:
+        old = self._lanes.pop(event.lane, None)
+        for name in old.members if old else ():
+            tenant = self._tenants.get(name)
+            if tenant and tenant.lane == event.lane and name not in event.members:
                 tenant.lane = None
+        self._queues.unpark(event.lane)
+        if event.members:
+            lane = (
+                old if old and event.keeps_ready else LaneBuckets(event.capacities, ())
+            )
+            lane.members = tuple(event.members)
+            self._lanes[event.lane] = lane
+        for name, species in event.members.items():
+            tenant = self._tenants.get(name)
+            if tenant is not None:
+                if tenant.lane != event.lane:
+                    self._queues.unpark(tenant.lane)
+                tenant.lane, tenant.species = event.lane, species
 
     def _leave(self, name: str) -> None:
         tenant = self._tenants.get(name)
@@ -213,135 +248,96 @@ class Scheduler:
             if not tenant.queue:
                 del self._tenants[name]
 
-    def _drop(self, tenant: _Tenant, requests: Iterable[int]) -> None:
-        """Remove requests from a tenant's queue, and the tenant if it was leaving."""
-        gone = set(requests)
-        if all(entry[1] in gone for entry in tenant.queue[: len(gone)]):
-            del tenant.queue[: len(gone)]
-        else:
-            tenant.queue = [e for e in tenant.queue if e[1] not in gone]
-        for request in gone:
-            self._owner.pop(request, None)
-        if not tenant.queue:
-            self._waiting.pop(tenant.name, None)
-            if tenant.is_leaving:
-                self._tenants.pop(tenant.name, None)
+    def _emptied(self, tenant: Tenant) -> None:
+        """Forget a tenant that was leaving and has nothing left."""
+        if tenant.is_leaving:
+            del self._tenants[tenant.name]
 
-    def _expire(self, now_s: float) -> tuple[int, ...]:
-        expired: list[int] = []
-        for tenant in list(self._waiting.values()):
-            if tenant.queue[0][0] <= now_s:
-                late = [e[1] for e in tenant.queue if e[0] <= now_s]
-                expired += late
-                self._drop(tenant, late)
-        return tuple(expired)
-
-    def _next_deadline_s(self) -> float | None:
-        first_s = min((t.queue[0][0] for t in self._waiting.values()), default=math.inf)
-        return None if math.isinf(first_s) else first_s
-
-    def _order(self) -> list[_Tenant]:
-        """Return waiting tenants, first to be served first."""
-        waiting = self._waiting.values()
-        if self._policy is Policy.TIME:
-            return sorted(waiting, key=lambda t: t.turn)
-
-        def urgency(tenant: _Tenant) -> tuple[float, float, int]:
-            deadline_s, request, *_ = tenant.queue[0]
-            return (deadline_s, tenant.service_s, request)
-
-        order = sorted(waiting, key=urgency)
-        if self._num_steps % _BEST_EFFORT_EVERY == _BEST_EFFORT_EVERY - 1:
-            patient = [t for t in order if math.isinf(t.queue[0][0])]
-            order = patient[:1] + [t for t in order if t not in patient[:1]]
-        return order
-
-    def _chunks(self, tenant: _Tenant, max_rows: int, limit: int) -> list[Chunk]:
+    def _chunks(self, tenant: Tenant, max_rows: int, limit: int) -> list[Chunk]:
         """Cut the front of a queue into slots; stop at a request that fits none."""
         is_one = self._policy is Policy.TIME
         found: list[tuple[list[int], int, int]] = []  # requests, rows, length
         place: dict[int, int] = {}  # where each length's last chunk stands
-        for _, request, size, _, length in tenant.queue:
+        for entry in tenant.queue:
+            size, length = entry.rows, entry.length
             if size > max_rows:
                 break
             at = place.get(length)
             if at is not None and found[at][1] + size <= max_rows and not is_one:
                 requests, rows, _ = found[at]
-                requests.append(request)
+                requests.append(entry.request)
                 found[at] = (requests, rows + size, length)
                 continue
             if len(found) == (1 if is_one else limit):
                 break
             place[length] = len(found)
-            found.append(([request], size, length))
+            found.append(([entry.request], size, length))
         return [
             Chunk(tenant.name, tuple(requests), rows, length, tenant.species[length])
             for requests, rows, length in found
         ]
 
     def _best(
-        self, lane: _Lane, first: _Tenant, mates: Sequence[_Tenant]
+        self, lane: LaneBuckets, first: Tenant, mates: Sequence[Tenant], now_s: float
     ) -> tuple[Bucket, list[Chunk]] | None:
         """Return the bucket of most rows a second that serves the first tenant."""
-        most_slots = max((sum(b.slots) for b in lane.ready), default=0)
-        cut: dict[int, list[list[Chunk]]] = {}
+        most_slots = lane.slots
+        head_s = first.queue[0].deadline_s
+        cut: list[list[Chunk]] = [[] for _ in mates]
+        max_rows = most = 0  # of a slot, and of all that there is to serve
         best: tuple[Bucket, list[Chunk]] | None = None
-        best_score = 0.0
-        for bucket, step_s in lane.ready.items():
-            if bucket.rows not in cut:
-                cut[bucket.rows] = [
-                    self._chunks(t, bucket.rows, most_slots) for t in mates
+        best_score = (False, 0.0)
+        for bucket, times in lane.ready.items():
+            if bucket.rows != max_rows:
+                max_rows = bucket.rows
+                cut = [
+                    own
+                    if own and len(own[0].requests) == len(t.queue)  # all in one slot
+                    else self._chunks(t, max_rows, most_slots)
+                    for t, own in zip(mates, cut, strict=True)
                 ]
-            chunks = _fill(lane, bucket, cut[bucket.rows])
-            score = sum([chunk.rows for chunk in chunks]) / step_s
+                most = sum([c.rows for own in cut for c in own])
+            is_in_time = self._is_contended or now_s + times.p99_s <= head_s
+            if (is_in_time, most / times.step_s) <= best_score:
+                continue  # not even if it served all of them
+            chunks = fill(lane, bucket, cut)
+            score = (is_in_time, sum([c.rows for c in chunks]) / times.step_s)
             serves_first = chunks and chunks[0].tenant == first.name
             if serves_first and score > best_score:
                 best, best_score = (bucket, chunks), score
         return best
 
-    def _hold_until_s(self, mates: Sequence[_Tenant], step_s: float) -> float:
+    def _hold_until_s(self, mates: Sequence[Tenant], p99_s: float) -> float:
         """Return until when a batch may wait for company."""
         return min(
-            min(arrival_s + self._max_queue_delay_s, deadline_s - step_s)
+            min(entry.arrival_s + self._max_queue_delay_s, entry.deadline_s - p99_s)
             for tenant in mates
-            for deadline_s, _, _, arrival_s, _ in tenant.queue
+            for entry in tenant.queue
         )
 
-    def _take(self, chunks: Sequence[Chunk], step_s: float) -> None:
+    def _take(
+        self, lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Chunk], now_s: float
+    ) -> None:
         """Remove chunks from the queues, and charge their tenants."""
+        step_s = lane.ready[bucket].step_s
         total_rows = sum(chunk.rows for chunk in chunks)
         self._num_steps += 1
+        costs_s: dict[str, float] = {}
         for chunk in chunks:
             tenant = self._tenants[chunk.tenant]
             tenant.turn = self._num_steps
-            tenant.service_s += step_s * chunk.rows / total_rows / tenant.weight
-            self._drop(tenant, chunk.requests)
+            cost_s = step_s * chunk.rows / total_rows
+            costs_s[chunk.tenant] = costs_s.get(chunk.tenant, 0.0) + cost_s
+        self._queues.charge([self._tenants[n] for n in costs_s], costs_s.values())
+        for chunk in chunks:
+            self._queues.drop(self._tenants[chunk.tenant], chunk.requests)
+        self._is_contended = len(self._queues) > 0
+        self._admission.pace.start(now_s, step_s, lane.slots, lane.rows, lane.is_dense)
 
 
-def _fill(
-    lane: _Lane, bucket: Bucket, chunks: Sequence[Sequence[Chunk]]
-) -> list[Chunk]:
-    """Return what a bucket would serve: a slot for each tenant, then seconds.
-
-    Where all slots of a bank run, a tenant has its own one only.
-    """
-    left = list(bucket.slots)
-    picked: list[Chunk] = []
-    held: set[tuple[str, int]] = set()
-
-    def pick(chunk: Chunk) -> None:
-        s, who = chunk.species, (chunk.tenant, chunk.species)
-        is_dense = bucket.slots[s] == lane.capacities[s]
-        if left[s] and not (is_dense and who in held):
-            picked.append(chunk)
-            held.add(who)
-            left[s] -= 1
-
-    for own in chunks:
-        if own:
-            pick(own[0])
-    if any(left):
-        for own in chunks:
-            for chunk in own[1:]:
-                pick(chunk)
-    return picked
+def _at(seen: list[Tenant], i: int, order: Iterator[Tenant]) -> Tenant | None:
+    """Return the tenant at a place of an order that is taken only as far as needed."""
+    while len(seen) <= i:
+        if next(order, None) is None:
+            return None
+    return seen[i]

@@ -138,7 +138,15 @@ class Server:
             until_s = None if deadline_s is None else now_s + deadline_s
             try:
                 self.scheduler.handle(
-                    Submit(number, name, inputs.rows, now_s, until_s, inputs.length)
+                    Submit(
+                        number,
+                        name,
+                        inputs.rows,
+                        now_s,
+                        until_s,
+                        inputs.length,
+                        sum([leaf.nbytes for leaf in inputs.leaves]),
+                    )
                 )
             except (QueueFullError, DeadlineError) as error:
                 is_full = isinstance(error, QueueFullError)
@@ -238,17 +246,17 @@ class Server:
             names = list(self.tenants) if names is None else names
         self.books.fail_queued(error, names)
 
-    def measure(self, lane: Lane, bucket: Bucket) -> float:
-        """Run a compiled bucket on sample inputs; return its predicted seconds."""
+    def measure(self, lane: Lane, bucket: Bucket) -> Ready:
+        """Run a compiled bucket on sample inputs; return its predicted times."""
         step_s = min(self._time_step(lane, bucket) for _ in range(3))
-        return self._predict(lane, bucket, step_s)
+        return self._ready(lane, bucket, step_s)
 
     def start(self, lane: Lane, bucket: Bucket) -> None:
         """Let the scheduler use a compiled bucket of a serving lane: a command."""
-        step_s = self.measure(lane, bucket)
+        ready = self.measure(lane, bucket)
         with self.lock:
             if self.lanes.get(lane.name) is lane:
-                self.scheduler.handle(Ready(lane.name, bucket, step_s))
+                self.scheduler.handle(ready)
 
     def refuse(self, tenant: Tenant, error: Exception) -> None:
         """Drop a tenant that cannot be served, and fail what it has waiting."""
@@ -262,8 +270,10 @@ class Server:
         if not tenant.outstanding:
             self.depart(tenant)
 
-    def _predict(self, lane: Lane, bucket: Bucket, step_s: float) -> float:
-        return self.costs.record((lane.name, lane.capacities, bucket), step_s)
+    def _ready(self, lane: Lane, bucket: Bucket, step_s: float) -> Ready:
+        """Return what a bucket is predicted to take, now that it took so long."""
+        times = self.costs.record((lane.name, lane.capacities, bucket), step_s)
+        return Ready(lane.name, bucket, *times)
 
     def _time_step(self, lane: Lane, bucket: Bucket) -> float:
         slots, inputs = _lane.sample(lane, bucket)
@@ -333,13 +343,13 @@ class Server:
         step_s = max(now_s - max(flight.launched_s, self._read_s), 1e-6)
         self._read_s = now_s
         lane, bucket = flight.lane, batch.bucket
-        prediction_s = self._predict(lane, bucket, step_s)
+        ready = self._ready(lane, bucket, step_s)
         record = _flight.record(flight, now_s, step_s)
         answers = _flight.answers(flight, outputs)
         _lane.release(lane, bucket, *flight.staged)
         with self.lock:
             if self.lanes.get(lane.name) is lane:
-                self.scheduler.handle(Ready(lane.name, bucket, prediction_s))
+                self.scheduler.handle(ready)
             self.metrics.record(record)
             ended = self.books.close(answers)
         self.books.resolve(ended)

@@ -33,6 +33,11 @@ class Policy(enum.Enum):
     TIME = "time"
     SPACE_TIME = "space-time"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Policy:
+        names = ", ".join(repr(policy.value) for policy in cls)
+        raise ValueError(f"`stfuse.Engine`: policy is {value!r}; pass one of {names}.")
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -124,11 +129,19 @@ class Install:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A bucket of a lane may be used; sent again whenever its prediction changes."""
+    """A bucket of a lane may be used; sent again whenever its prediction changes.
+
+    Attributes:
+        lane: its name.
+        bucket: which shape.
+        step_s: predicted time of a step, seconds: a median.
+        p99_s: what one in a hundred takes longer than; None for ``step_s``.
+    """
 
     lane: str
     bucket: Bucket
     step_s: float
+    p99_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +155,7 @@ class Submit:
         now_s: when it arrived.
         deadline_s: when it must have started, on the same clock; None for whenever.
         length: which of the tenant's programs it is for.
+        num_bytes: of its inputs.
     """
 
     request: int
@@ -150,6 +164,7 @@ class Submit:
     now_s: float
     deadline_s: float | None = None
     length: int = 0
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

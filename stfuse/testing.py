@@ -21,10 +21,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stfuse._arrivals import (
+    Arrivals,
+    diurnal,
+    flash_crowd,
+    poisson,
+    read_arrivals,
+    varying,
+    zipf_shares,
+)
 from stfuse._device import JaxDevice
 from stfuse._job import Job
+from stfuse._simulate import Simulation, simulate
 
-__all__ = ["FakeDevice", "ManualClock", "affine_job"]
+__all__ = [
+    "Arrivals",
+    "FakeDevice",
+    "ManualClock",
+    "Simulation",
+    "affine_job",
+    "diurnal",
+    "flash_crowd",
+    "poisson",
+    "read_arrivals",
+    "simulate",
+    "varying",
+    "zipf_shares",
+]
 
 _NUMBERS = itertools.count()
 

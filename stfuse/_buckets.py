@@ -1,0 +1,76 @@
+"""What can run: a lane's buckets with their predicted times, and how one is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from stfuse._types import Bucket, Chunk
+
+
+class Times(NamedTuple):
+    """Predicted seconds of a step: the median, and the 99th percentile."""
+
+    step_s: float
+    p99_s: float
+
+
+@dataclass(slots=True)
+class LaneBuckets:
+    """What serves some tenants.
+
+    Attributes:
+        capacities: slots of each species' bank.
+        members: who they are.
+        ready: predicted times by bucket, fewest rows first.
+        slots: most slots of a step.
+        rows: most rows of a slot.
+        is_dense: whether a tenant has one slot at most in the largest step.
+    """
+
+    capacities: tuple[int, ...]
+    members: tuple[str, ...]
+    ready: dict[Bucket, Times] = field(default_factory=dict)
+    slots: int = 0
+    rows: int = 0
+    is_dense: bool = True
+
+    def add(self, bucket: Bucket, times: Times) -> None:
+        """Take note of a bucket that is new."""
+        self.ready[bucket] = times
+        self.ready = dict(sorted(self.ready.items(), key=lambda item: item[0].rows))
+        self.rows = next(reversed(self.ready)).rows
+        largest = max(self.ready, key=lambda each: sum(each.slots))
+        self.slots = sum(largest.slots)
+        pairs = zip(largest.slots, self.capacities, strict=True)
+        self.is_dense = all(k in (0, capacity) for k, capacity in pairs)
+
+
+def fill(
+    lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Sequence[Chunk]]
+) -> list[Chunk]:
+    """Return what a bucket would serve: a slot for each tenant, then seconds.
+
+    Where all slots of a bank run, a tenant has its own one only.
+    """
+    left = list(bucket.slots)
+    picked: list[Chunk] = []
+    held: set[tuple[str, int]] = set()
+
+    def pick(chunk: Chunk) -> None:
+        s, who = chunk.species, (chunk.tenant, chunk.species)
+        is_dense = bucket.slots[s] == lane.capacities[s]
+        if left[s] and not (is_dense and who in held):
+            picked.append(chunk)
+            held.add(who)
+            left[s] -= 1
+
+    for own in chunks:
+        if own:
+            pick(own[0])
+    if any(left):
+        for own in chunks:
+            for chunk in own[1:]:
+                pick(chunk)
+    return picked

@@ -1,0 +1,257 @@
+"""Who waits for what, and in which order: tenants' queues. No clock, no array, no JAX.
+
+A tenant that waits stands in a heap. What changes its place adds an entry and leaves
+the old one, which is passed over when it comes up: no decision sorts everybody.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from stfuse._types import Policy, Submit
+
+
+class Entry(NamedTuple):
+    """A queued request; a queue is sorted by these.
+
+    Attributes:
+        deadline_s: when it must have started; infinite for whenever.
+        request: its number.
+        rows: how many it has.
+        arrival_s: when it came.
+        length: which of its tenant's programs it is for.
+        num_bytes: of its inputs.
+    """
+
+    deadline_s: float
+    request: int
+    rows: int
+    arrival_s: float
+    length: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """A tenant and what it has waiting.
+
+    Attributes:
+        name: its name.
+        weight: of its share.
+        lane: who serves it; None while nobody does.
+        species: by length, its program's place in the lane.
+        is_leaving: whether it takes no more requests.
+        queue: its requests, first to run first.
+        rows: of all of them.
+        num_bytes: of all of them.
+        service_s: device seconds it got so far, over its weight.
+        turn: the step that served it last.
+        is_parked: whether nothing that is ready could serve it.
+        stamp: of its newest entry in a heap.
+    """
+
+    name: str
+    weight: float
+    lane: str | None = None
+    species: tuple[int, ...] = (0,)
+    is_leaving: bool = False
+    queue: list[Entry] = field(default_factory=list)
+    rows: int = 0
+    num_bytes: int = 0
+    service_s: float = 0.0
+    turn: int = 0
+    is_parked: bool = False
+    stamp: int = 0
+
+
+class Queues:
+    """All queues, and the order in which tenants are served.
+
+    Args:
+        policy: ``TIME`` goes round robin; the others earliest deadline first, then,
+            among those without deadlines, least service first.
+        on_empty: called with a tenant that has nothing left.
+    """
+
+    def __init__(self, policy: Policy, on_empty: Callable[[Tenant], None]) -> None:
+        """Start with nobody waiting."""
+        self._on_empty = on_empty
+        self._is_round_robin = policy is Policy.TIME
+        self.waiting: dict[str, Tenant] = {}
+        self.rows = self.num_bytes = 0
+        self._owner: dict[int, Tenant] = {}
+        self._urgent: list[Any] = []
+        self._patient: list[Any] = []
+        self._expiring: list[Any] = []
+        self._heads: list[float] = []  # finite deadlines of first requests, sorted
+        self._parked: dict[str | None, list[Tenant]] = {}
+        self._num_stamps = 0
+        self._virtual_s = 0.0  # service of who was served last: idling earns no credit
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+        return len(self._owner)
+
+    def owner(self, request: int) -> Tenant | None:
+        """Return whose a waiting request is."""
+        return self._owner.get(request)
+
+    def num_before(self, deadline_s: float) -> int:
+        """Return how many tenants have a request of an earlier or equal deadline."""
+        return bisect.bisect_right(self._heads, deadline_s)
+
+    def add(self, tenant: Tenant, event: Submit) -> None:
+        """Queue a request."""
+        deadline_s = math.inf if event.deadline_s is None else event.deadline_s
+        entry = Entry(
+            deadline_s,
+            event.request,
+            event.rows,
+            event.now_s,
+            event.length,
+            event.num_bytes,
+        )
+        self._owner[event.request] = tenant
+        queue, before = tenant.queue, self._head_s(tenant)
+        if not queue:
+            tenant.service_s = max(tenant.service_s, self._virtual_s)
+            self.waiting[tenant.name] = tenant
+        if queue and queue[-1] < entry:
+            queue.append(entry)
+        else:
+            bisect.insort(queue, entry)
+        self._count(tenant, entry, 1)
+        if queue[0] is entry:
+            self._moved(tenant, before)
+            self.place(tenant)
+
+    def drop(self, tenant: Tenant, requests: Iterable[int]) -> None:
+        """Take requests off a queue."""
+        gone, before = set(requests), self._head_s(tenant)
+        first = tenant.queue[: len(gone)]
+        if all(entry.request in gone for entry in first):
+            del tenant.queue[: len(gone)]
+        else:
+            first = [e for e in tenant.queue if e.request in gone]
+            tenant.queue = [e for e in tenant.queue if e.request not in gone]
+        for entry in first:
+            del self._owner[entry.request]
+            self._count(tenant, entry, -1)
+        self._moved(tenant, before)
+        if tenant.queue:
+            self.place(tenant)
+        else:
+            self.waiting.pop(tenant.name, None)
+            tenant.stamp = 0  # its entries are passed over
+            self._on_empty(tenant)
+
+    def charge(self, tenants: Iterable[Tenant], costs_s: Iterable[float]) -> None:
+        """Add what tenants of one step cost to their service, before they leave it."""
+        tenants = list(tenants)
+        least_s = min(tenant.service_s for tenant in tenants)
+        self._virtual_s = max(self._virtual_s, least_s)
+        for tenant, cost_s in zip(tenants, costs_s, strict=True):
+            tenant.service_s += cost_s / tenant.weight
+
+    def place(self, tenant: Tenant) -> None:
+        """Put a waiting tenant where it belongs now; a parked one stays where it is."""
+        self._num_stamps += 1
+        tenant.stamp = self._num_stamps
+        if tenant.is_parked:
+            return
+        deadline_s, request, *_ = tenant.queue[0]
+        if self._is_round_robin:
+            key, heap = (tenant.turn, request), self._patient
+        elif math.isinf(deadline_s):
+            key, heap = (tenant.service_s, request), self._patient
+        else:
+            key, heap = (deadline_s, tenant.service_s, request), self._urgent
+        heapq.heappush(heap, (key, tenant.stamp, tenant))
+        if len(heap) > 8 * len(self.waiting) + 64:  # many changes, few decisions
+            heap[:] = [e for e in heap if e[2].stamp == e[1] and not e[2].is_parked]
+            heapq.heapify(heap)
+
+    def park(self, tenant: Tenant) -> None:
+        """Set a tenant aside until its lane has something new for it."""
+        tenant.is_parked = True
+        self._parked.setdefault(tenant.lane, []).append(tenant)
+
+    def unpark(self, lane: str | None) -> None:
+        """Let the tenants of a lane (or of none) try again."""
+        for tenant in self._parked.pop(lane, ()):
+            tenant.is_parked = False
+            if tenant.queue:
+                self.place(tenant)
+
+    def in_order(self, *, is_patient_first: bool) -> Iterator[Tenant]:
+        """Take tenants out of the heaps in order; whoever stays has to be placed.
+
+        Args:
+            is_patient_first: whether one without deadlines comes before all others.
+        """
+        if is_patient_first and (tenant := self._pop(self._patient)):
+            yield tenant
+        while tenant := self._pop(self._urgent) or self._pop(self._patient):
+            yield tenant
+
+    def late(self, tenant: Tenant, until_s: float) -> list[int]:
+        """Return a tenant's requests whose deadlines are not after a time."""
+        found = []
+        for entry in tenant.queue:
+            if entry.deadline_s > until_s:
+                break
+            found.append(entry.request)
+        return found
+
+    def expired(self, now_s: float) -> list[int]:
+        """Take requests whose deadline has passed off their queues, and return them."""
+        found = []
+        while (top := self._first_expiring()) and top[0] <= now_s:
+            late = self.late(top[2], now_s)
+            self.drop(top[2], late)
+            found += late
+        return found
+
+    def next_deadline_s(self) -> float | None:
+        """Return the earliest deadline of all."""
+        top = self._first_expiring()
+        return top[0] if top else None
+
+    def _first_expiring(self) -> Any:
+        heap = self._expiring
+        while heap and self._head_s(heap[0][2]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
+
+    def _pop(self, heap: list[Any]) -> Tenant | None:
+        while heap:
+            _, stamp, tenant = heapq.heappop(heap)
+            if tenant.stamp == stamp and not tenant.is_parked:
+                return tenant
+        return None
+
+    def _count(self, tenant: Tenant, entry: Entry, sign: int) -> None:
+        tenant.rows += sign * entry.rows
+        tenant.num_bytes += sign * entry.num_bytes
+        self.rows += sign * entry.rows
+        self.num_bytes += sign * entry.num_bytes
+
+    def _head_s(self, tenant: Tenant) -> float:
+        return tenant.queue[0].deadline_s if tenant.queue else math.inf
+
+    def _moved(self, tenant: Tenant, before_s: float) -> None:
+        """Take note that a tenant's first deadline may have changed."""
+        after_s = self._head_s(tenant)
+        if before_s == after_s:
+            return
+        if before_s < math.inf:
+            del self._heads[bisect.bisect_left(self._heads, before_s)]
+        if after_s < math.inf:
+            bisect.insort(self._heads, after_s)
+            self._num_stamps += 1
+            heapq.heappush(self._expiring, (after_s, self._num_stamps, tenant))
