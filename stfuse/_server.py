@@ -303,7 +303,7 @@ class Server:
         slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
         self._num_launches += 1
-        with StepTraceAnnotation("stfuse", step_num=self._num_launches):
+        with StepTraceAnnotation("stfuse_step", step_num=self._num_launches):
             step = lane.steps[bucket]
             outputs = self.device.launch(step, lane.bank.stacks, slots, inputs)
         return Flight(
@@ -342,10 +342,10 @@ class Server:
                 self.scheduler.handle(Ready(lane.name, bucket, prediction_s))
             self.metrics.record(record)
             ended = self.books.close(answers)
-        self.books.resolve(ended)
         self._has_served = True
         if self.faults.quarantine:
             self.faults.answered(batch)
+        self.books.resolve(ended)
         answer_s = self.clock() - now_s
         self.metrics.add_host(
             flight.decide_s, flight.stage_s, flight.launch_s, answer_s, fold_s
