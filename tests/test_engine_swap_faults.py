@@ -65,3 +65,13 @@ def test_requests_in_flight_when_a_lane_is_lost_all_end():
         for future in futures:
             np.testing.assert_array_equal(future.result(60), ROW * 3)
         assert server.lanes["all"] is not lane
+
+
+def test_closing_ends_requests_whose_lane_nobody_builds_any_more():
+    engine = serve(affine_job("a"))
+    server = engine._server
+    server.rebuild = lambda lane: None
+    server.command(lambda: server.lose_lane(server.lanes["all"])).result(60)
+    future = engine.submit("a", ROW)
+    engine.close()
+    assert isinstance(future.exception(0), stfuse.ClosedError)
