@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
+from absl import logging
+
 from stfuse import _cache, _supervise
 from stfuse._builder import Builder
 from stfuse._device import JaxDevice
@@ -150,6 +152,8 @@ class Engine:
                 )
             self._server.tenants[job.name] = tenant
             self._server.scheduler.handle(Join(job.name, job.weight))
+        logging.info("stfuse: job '%s' added", job.name)
+        tenant.ready.add_done_callback(functools.partial(_log_ready, job.name))
         self._builder.request(lane)
         return tenant.ready
 
@@ -367,6 +371,11 @@ class Engine:
             f"`stfuse.Engine.infer`: job '{name}': no answer within {timeout_s} s.",
             jobs=(name,),
         )
+
+
+def _log_ready(name: str, ready: Future[None]) -> None:
+    if not ready.cancelled() and ready.exception() is None:  # a refusal is logged
+        logging.info("stfuse: job '%s' ready", name)
 
 
 def _started(server: Server, builder: Builder) -> list[threading.Thread]:

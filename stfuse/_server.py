@@ -387,6 +387,7 @@ class Server:
             for waiting in (tenant.ready, *tenant.swaps):
                 if not waiting.done():
                     waiting.set_exception(closed)
+            logging.info("stfuse: job '%s' left", name)
             tenant.drained.set_result(None)
 
         self.command(free)

@@ -113,3 +113,24 @@ def test_every_step_is_annotated_in_a_profile(tmp_path):
         pass
     (profile,) = (tmp_path / "idle").rglob("*.xplane.pb")
     assert b"stfuse_step" not in profile.read_bytes()
+
+
+def test_lives_are_logged_and_requests_are_not(caplog):
+    device = FakeDevice()
+    with caplog.at_level("INFO", logger="absl"):
+        with serve(affine_job("a"), device=device, clock=ManualClock()) as engine:
+            for _ in range(20):
+                engine.infer("a", ROW)
+            device.read_error = RuntimeError("gone")
+            engine.health(timeout_s=60)
+            device.read_error = None
+            engine.health(timeout_s=60)
+            engine.remove("a")
+    texts = [r.getMessage() for r in caplog.records if "stfuse" in r.getMessage()]
+    assert texts == [
+        "stfuse: job 'a' added",
+        "stfuse: job 'a' ready",
+        "stfuse: the device is lost, the canary failed: RuntimeError: gone",
+        "stfuse: the device is back",
+        "stfuse: job 'a' left",
+    ]
