@@ -35,11 +35,12 @@ from stfuse._inputs import check_seconds
 from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._metrics import Snapshot
+from stfuse._options import check_delay, check_sizes, policy_of
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
 from stfuse._swap import own, write_weights
 from stfuse._trace import trace
-from stfuse._types import Clock, Device, Drain, Join, Leave, Policy
+from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
 class Engine:
@@ -82,22 +83,14 @@ class Engine:
         clock: Clock = time.monotonic,
     ) -> None:
         """Start its threads."""
-        for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("max_slots", max_slots),
-            ("max_queue_size", max_queue_size),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"`stfuse.Engine`: {name} is {value!r}; pass a whole number >= 1."
-                )
-        if not max_queue_delay_s >= 0:
-            raise ValueError(
-                f"`stfuse.Engine`: max_queue_delay_s is {max_queue_delay_s!r}; pass "
-                f"seconds >= 0."
-            )
+        check_sizes(
+            max_batch_size=max_batch_size,
+            max_slots=max_slots,
+            max_queue_size=max_queue_size,
+        )
+        check_delay(max_queue_delay_s)
         self._max_batch_size = max_batch_size
-        chosen = _policy(policy)
+        chosen = policy_of(policy)
         scheduler = Scheduler(
             chosen,
             max_batch_size=max_batch_size,
@@ -391,13 +384,3 @@ def _started(server: Server, builder: Builder) -> list[threading.Thread]:
     for thread in threads:
         thread.start()
     return threads
-
-
-def _policy(name: str) -> Policy:
-    try:
-        return Policy(name)
-    except ValueError:
-        names = ", ".join(repr(p.value) for p in Policy)
-        raise ValueError(
-            f"`stfuse.Engine`: policy is {name!r}; pass one of {names}."
-        ) from None

@@ -10,10 +10,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "stfuse"
 # In import order: a file imports only files above it.
 ORDER = (
-    "_errors _types _tree _lengths _job _inputs _fingerprint _program _trace _cost "
-    "_rules _plan _draft _merge _align _lower _values _evaluate _layout _bank _part "
-    "_step _stacked _cache _tuned _fuse _metrics metrics _scheduler _device _lane "
-    "_answers _flight _books _health _canary _faults _server _builder _swap "
+    "_errors _types _options _tree _lengths _job _inputs _fingerprint _program _trace "
+    "_cost _rules _plan _draft _merge _align _lower _values _evaluate _layout _bank "
+    "_part _step _stacked _cache _tuned _fuse _metrics metrics _scheduler _device "
+    "_lane _answers _flight _books _health _canary _faults _server _builder _swap "
     "_supervise _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
@@ -27,7 +27,7 @@ SOURCES = sorted(
     for room in ("stfuse", "models", "examples")
     for path in (ROOT / room).rglob("*.py")
 )
-JAX_FREE = ("_errors", "_types", "_metrics", "_scheduler", "_health", "metrics")
+JAX_FREE = tuple("_errors _types _options _metrics metrics _scheduler _health".split())
 
 
 def imports(path):
