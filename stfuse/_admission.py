@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
+from stfuse._options import check_sizes
 from stfuse._queues import Queues, Tenant
 from stfuse._types import Policy, Submit
 
@@ -37,15 +38,14 @@ class Bounds:
 
     def __post_init__(self) -> None:
         """Refuse what is no bound."""
-        for field in fields(self):
-            most = getattr(self, field.name)
-            if most is None and field.name != "max_queue_size":
-                continue
-            if not isinstance(most, int) or most < 1:
-                raise ValueError(
-                    f"`stfuse.Engine`: {field.name} is {most!r}; pass a whole number "
-                    f">= 1."
-                )
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        check_sizes(
+            **{
+                name: most
+                for name, most in given.items()
+                if most is not None or name == "max_queue_size"
+            }
+        )
 
 
 class Pace:

@@ -23,10 +23,11 @@ class Answer(Future[Any]):
         on_cancel: called with the number, by whoever cancelled.
     """
 
+    has_callbacks = False
+
     def __init__(self, number: int, on_cancel: Callable[[int], None]) -> None:
         """Start without callbacks."""
         super().__init__()
-        self.has_callbacks = False
         self._number = number
         self._on_cancel = on_cancel
 

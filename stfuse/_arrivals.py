@@ -26,7 +26,15 @@ class Arrivals(NamedTuple):
 
 
 def zipf_shares(num_tenants: int, exponent: float = 1.0) -> np.ndarray:
-    """Return shares float64 ``[N]``, falling with rank; exponent 0: equal ones."""
+    """Return shares of tenants by Zipf's law.
+
+    Args:
+        num_tenants: N.
+        exponent: how fast they fall with rank; 0 for equal ones.
+
+    Returns:
+        float64 ``[N]``, summing to 1.
+    """
     shares = np.arange(1, num_tenants + 1, dtype=float) ** -exponent
     return shares / shares.sum()
 
@@ -50,6 +58,9 @@ def poisson(
         cv: standard deviation over mean of the gaps: 1 is Poisson, above it requests
             come in bursts (Gamma gaps).
         exponent: of Zipf's law over tenants; 0 makes them equal.
+
+    Returns:
+        The trace, ascending in time.
     """
     rng = np.random.default_rng(seed)
     shape = 1 / cv**2
@@ -67,6 +78,9 @@ def varying(
         trace: at a mean rate of 1 request a second, such as ``poisson(1.0, ...)``.
         times_s: ascending, from 0; beyond the last one its rate stays.
         rates: requests per second at those times, > 0; linear between them.
+
+    Returns:
+        The trace, ascending in time.
     """
     # The time at which as many requests as at rate 1 have come, on a fine grid.
     grid = np.union1d(np.linspace(times_s[0], times_s[-1], 4096), times_s)
@@ -86,6 +100,9 @@ def diurnal(trace: Arrivals, period_s: float, mean: float, swing: float) -> Arri
         period_s: of one day.
         mean: requests per second.
         swing: from 0 to below 1: how far the rate goes above and below the mean.
+
+    Returns:
+        The trace, ascending in time.
     """
     num_periods = max(1, math.ceil(trace.due_s[-1] / mean / period_s))
     times_s = np.linspace(0, num_periods * period_s, 64 * num_periods + 1)
@@ -104,6 +121,9 @@ def flash_crowd(
         length_s: for how long it stays.
         base: requests per second before and after.
         peak: requests per second meanwhile.
+
+    Returns:
+        The trace, ascending in time.
     """
     end_s, edge_s = start_s + length_s, length_s * 1e-3
     times_s = [0.0, start_s, start_s + edge_s, end_s, end_s + edge_s]
@@ -115,6 +135,9 @@ def read_arrivals(path: str) -> Arrivals:
 
     Args:
         path: of the file; timestamps in seconds, in any order, tenants of any name.
+
+    Returns:
+        The trace, from its first arrival on; tenants numbered as they first appear.
 
     Raises:
         ValueError: the columns are not there, or a timestamp is no finite number.

@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
+from absl import logging
+
 from stfuse import _cache, _supervise
 from stfuse._admission import Bounds
 from stfuse._builder import Builder
@@ -34,11 +36,12 @@ from stfuse._inputs import check_seconds
 from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._metrics import Snapshot
+from stfuse._options import check_delay, check_sizes, policy_of
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
 from stfuse._swap import own, write_weights
 from stfuse._trace import trace
-from stfuse._types import Clock, Device, Drain, Join, Leave, Policy
+from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
 class Engine:
@@ -89,21 +92,13 @@ class Engine:
         clock: Clock = time.monotonic,
     ) -> None:
         """Start its threads."""
-        for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("max_slots", max_slots),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"`stfuse.Engine`: {name} is {value!r}; pass a whole number >= 1."
-                )
-        if not max_queue_delay_s >= 0:
-            raise ValueError(
-                f"`stfuse.Engine`: max_queue_delay_s is {max_queue_delay_s!r}; pass "
-                f"seconds >= 0."
-            )
+        check_sizes(
+            max_batch_size=max_batch_size,
+            max_slots=max_slots,
+        )
+        check_delay(max_queue_delay_s)
         self._max_batch_size = max_batch_size
-        chosen = Policy(policy)
+        chosen = policy_of(policy)
         scheduler = Scheduler(
             chosen,
             max_batch_size=max_batch_size,
@@ -164,6 +159,8 @@ class Engine:
                 )
             self._server.tenants[job.name] = tenant
             self._server.scheduler.handle(Join(job.name, job.weight))
+        logging.info("stfuse: job '%s' added", job.name)
+        tenant.ready.add_done_callback(functools.partial(_log_ready, job.name))
         self._builder.request(lane)
         return tenant.ready
 
@@ -381,6 +378,11 @@ class Engine:
             f"`stfuse.Engine.infer`: job '{name}': no answer within {timeout_s} s.",
             jobs=(name,),
         )
+
+
+def _log_ready(name: str, ready: Future[None]) -> None:
+    if not ready.cancelled() and ready.exception() is None:  # a refusal is logged
+        logging.info("stfuse: job '%s' ready", name)
 
 
 def _started(server: Server, builder: Builder) -> list[threading.Thread]:

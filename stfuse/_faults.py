@@ -126,8 +126,12 @@ class Faults:
                 f"job '{name}': the step failed: {text}", jobs=(name,)
             )
             failure.__cause__ = error
+            # Blamed before its owner knows: what that does next finds it so.
+            reason = self._blame(name, text)
             self._books.finish([(number, failure)], "failed")
-            self._blame(name, text)
+            if reason:
+                refused = DeviceError(f"job '{name}' {reason}", jobs=(name,))
+                self._books.fail_queued(refused, [name])
 
     def answered(self, batch: Batch) -> None:
         """Take note that jobs were served: whoever is, is no longer under suspicion."""
@@ -163,11 +167,13 @@ class Faults:
         self._in_flight.clear()
         self._books.fail_all(DeviceError(self.state.reason))
 
-    def _blame(self, name: str, text: str) -> None:
+    def _blame(self, name: str, text: str) -> str:
+        """Count a failure against a job; return why it has just been put away."""
         with self._lock:
             was_in = self.quarantine.reason(name) is not None
             is_in = self.quarantine.blame(name, text, self._clock())
-        if is_in and not was_in:
-            reason = f"job '{name}' is in quarantine, {self.quarantine.reason(name)}"
-            logging.error("stfuse: %s", reason)
-            self._books.fail_queued(DeviceError(reason, jobs=(name,)), [name])
+        if not is_in or was_in:
+            return ""
+        reason = f"is in quarantine, {self.quarantine.reason(name)}"
+        logging.error("stfuse: job '%s' %s", name, reason)
+        return reason

@@ -95,9 +95,7 @@ class Flight:
         placed: species and slot of each chunk.
         outputs: its outputs on the device.
         launched_s: when it was launched.
-        decide_s: host seconds that choosing it took.
-        stage_s: host seconds that filling its buffers took.
-        launch_s: host seconds that launching it took.
+        host_s: host seconds that choosing it, filling its buffers, launching it took.
     """
 
     lane: Lane
@@ -107,9 +105,7 @@ class Flight:
     placed: list[tuple[int, int]]
     outputs: Any
     launched_s: float
-    decide_s: float = 0.0
-    stage_s: float = 0.0
-    launch_s: float = 0.0
+    host_s: tuple[float, float, float]
 
 
 def answers(flight: Flight, outputs: Any) -> list[tuple[int, Any]]:

@@ -32,6 +32,11 @@ class Checked:
     length: int = 0
     out_sizes: Shapes | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum([leaf.nbytes for leaf in self.leaves])
+
 
 class Form:
     """What most requests of a job look like, worked out once per job.
@@ -41,7 +46,7 @@ class Form:
 
     Attributes:
         structure: of the inputs.
-        leaves: per leaf its row's shape and its dtype.
+        leaves: per leaf its dtype and its row's shape.
         is_plain: whether requests have rows, all of one shape.
     """
 
@@ -51,7 +56,7 @@ class Form:
         """Read a job's specs."""
         self.job = job
         self.structure = jax.tree.structure(job.row)
-        self.leaves = [(x.shape, x.dtype) for x in jax.tree.leaves(job.row)]
+        self.leaves = [(x.dtype, x.shape) for x in jax.tree.leaves(job.row)]
         self.is_plain = job.batched and job.lengths is None and bool(self.leaves)
 
     def check(self, inputs: Any, most_rows: int, *, call: str) -> Checked:
@@ -67,18 +72,18 @@ class Form:
         Raises:
             RequestError: as of `check_inputs`, or too many rows.
         """
+        rows, leaves = 0, []
         try:
             found = self.structure.flatten_up_to(inputs) if self.is_plain else ()
         except (ValueError, TypeError):
             found = ()
-        rows, leaves = 0, []
-        for x, (shape, dtype) in zip(found, self.leaves, strict=False):
+        for x, (dtype, shape) in zip(found, self.leaves):  # noqa: B905, it costs
             if type(x) is not np.ndarray or x.dtype != dtype or not x.ndim:
                 break
-            size = x.shape
-            if size[1:] != shape or size[0] != (rows or size[0]):
+            size = len(x)
+            if x.shape[1:] != shape or size != (rows or size):
                 break
-            rows = size[0]
+            rows = size
             leaves.append(x.copy())
         if rows and len(leaves) == len(self.leaves):
             checked = Checked(leaves, rows)

@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ CLOSED = "`stfuse.Engine`: the engine is closed; build a new one."
 _LATE = "the request's deadline passed before it could start"
 _MAX_IN_FLIGHT = 2
 _Command = tuple[Callable[[], Any], Future[Any]]
+_Work = _Command | Decision | Flight
 
 
 class Server:
@@ -61,7 +63,11 @@ class Server:
 
     def __init__(self, scheduler: Scheduler, device: Device, clock: Clock) -> None:
         """Start with nothing to serve."""
-        self.lock = threading.Condition()
+        # Two conditions of one lock: a submit must wake the device thread only.
+        inner = threading.RLock()
+        self.lock = threading.Condition(inner)
+        self._work = threading.Condition(inner)
+        self._is_idle = False
         self.scheduler = scheduler
         self.device = device
         self.clock = clock
@@ -91,13 +97,13 @@ class Server:
     def wake(self) -> None:
         """Let the device thread look again."""
         with self.lock:
-            self.lock.notify_all()
+            self._work.notify()
 
     def stop(self) -> None:
         """Let `serve` return once everything is answered."""
         with self.lock:
             self._is_stopping = True
-            self.lock.notify_all()
+            self._work.notify()
 
     def on_own_thread(self) -> bool:
         """Return whether the caller is a future's callback."""
@@ -115,7 +121,7 @@ class Server:
                 done.set_exception(ClosedError(CLOSED))
                 return done
             self._commands.append((run, done))
-            self.lock.notify_all()
+            self._work.notify()
         return done
 
     def submit(
@@ -137,23 +143,18 @@ class Server:
             number = self.books.next_number()
             until_s = None if deadline_s is None else now_s + deadline_s
             try:
+                what = inputs.length, inputs.num_bytes
                 self.scheduler.handle(
-                    Submit(
-                        number,
-                        name,
-                        inputs.rows,
-                        now_s,
-                        until_s,
-                        inputs.length,
-                        sum([leaf.nbytes for leaf in inputs.leaves]),
-                    )
+                    Submit(number, name, inputs.rows, now_s, until_s, *what)
                 )
             except (QueueFullError, DeadlineError) as error:
                 is_full = isinstance(error, QueueFullError)
                 self.metrics.count(name, "queue_full" if is_full else "predicted_miss")
                 raise
             future = self.books.open(number, tenant, inputs, now_s, until_s)
-            self.lock.notify_all()
+            if self._is_idle:
+                self._is_idle = False
+                self._work.notify()
         return future
 
     def serve(self) -> None:
@@ -183,37 +184,53 @@ class Server:
             else:
                 self._run(*work)
 
-    def _next(self) -> _Command | Decision | Flight | None:
+    def _next(self) -> _Work | None:
         """Wait for work, None for the end; the lock is held."""
-        faults = self.faults
         while True:
-            if self._commands:
-                return self._commands.popleft()
-            wait_s = None
-            if faults.state.reason:
-                if not faults.state.is_final:
-                    wait_s = faults.state.probe_in_s(self.clock())
-                    if not wait_s:
-                        return faults.probe, Future()
-            elif len(self._in_flight) < _MAX_IN_FLIGHT:
-                self._decide_s = 0.0
-                if faults.retries:
-                    return Decision(faults.retries.popleft())
-                now_s = self.clock()
-                decision = self.scheduler.decide(now_s)
-                if decision.batch or decision.expired:
-                    self._decide_s = self.clock() - now_s
-                    return decision
-                if decision.wait_until_s is not None:
-                    wait_s = max(decision.wait_until_s - now_s, 0.0)
-            if self._in_flight:
-                return self._in_flight.popleft()
-            is_over = faults.state.reason or not self.scheduler.num_queued
-            if self._is_stopping and is_over:
-                self._is_stopped = True
-                return None
+            work, wait_s = self._choose()
+            if work is None and self._in_flight:
+                work = self._in_flight.popleft()
+            if work is None and self._is_stopping:
+                if self.faults.state.reason or not self.scheduler.num_queued:
+                    self._is_stopped = True
+                    return None
+                work = self._stranded()
+            if work is not None:
+                return work
             # A simulated clock wakes us itself whenever it moves.
-            self.lock.wait(wait_s if self._is_clock_real else None)
+            self._is_idle = True
+            self._work.wait(wait_s if self._is_clock_real else None)
+            self._is_idle = False
+
+    def _choose(self) -> tuple[_Work | None, float | None]:
+        """Return what to start, or when to look again, seconds."""
+        faults = self.faults
+        if self._commands:
+            return self._commands.popleft(), None
+        if faults.state.reason:
+            if faults.state.is_final:
+                return None, None
+            wait_s = faults.state.probe_in_s(self.clock())
+            return (None, wait_s) if wait_s else ((faults.probe, Future()), None)
+        if len(self._in_flight) >= _MAX_IN_FLIGHT:
+            return None, None
+        self._decide_s = 0.0
+        if faults.retries:
+            return Decision(faults.retries.popleft()), None
+        now_s = self.clock()
+        decision = self.scheduler.decide(now_s)
+        if decision.batch or decision.expired:
+            self._decide_s = self.clock() - now_s
+            return decision, None
+        until_s = decision.wait_until_s
+        return None, None if until_s is None else max(until_s - now_s, 0.0)
+
+    def _stranded(self) -> _Command | None:
+        """Return what fails requests of no lane: at the end nobody builds one."""
+        names = [n for n, t in self.tenants.items() if not t.is_placed]
+        if not any(map(self.scheduler.queued, names)):
+            return None
+        return functools.partial(self.fail_all, ClosedError(CLOSED), names), Future()
 
     def _run(self, run: Callable[[], Any], done: Future[Any]) -> None:
         """Carry out a command; its error is its caller's, unless it cost a lane."""
@@ -313,20 +330,13 @@ class Server:
         slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
         self._num_launches += 1
-        with StepTraceAnnotation("stfuse", step_num=self._num_launches):
+        with StepTraceAnnotation("stfuse_step", step_num=self._num_launches):
             step = lane.steps[bucket]
             outputs = self.device.launch(step, lane.bank.stacks, slots, inputs)
+        host_s = self._decide_s, launched_s - begun_s, self.clock() - launched_s
+        staged = slots, inputs
         return Flight(
-            lane,
-            batch,
-            requests,
-            (slots, inputs),
-            placed,
-            outputs,
-            launched_s,
-            decide_s=self._decide_s,
-            stage_s=launched_s - begun_s,
-            launch_s=self.clock() - launched_s,
+            lane, batch, requests, staged, placed, outputs, launched_s, host_s
         )
 
     def _read(self, flight: Flight) -> None:
@@ -352,14 +362,11 @@ class Server:
                 self.scheduler.handle(ready)
             self.metrics.record(record)
             ended = self.books.close(answers)
-        self.books.resolve(ended)
         self._has_served = True
         if self.faults.quarantine:
             self.faults.answered(batch)
-        answer_s = self.clock() - now_s
-        self.metrics.add_host(
-            flight.decide_s, flight.stage_s, flight.launch_s, answer_s, fold_s
-        )
+        self.books.resolve(ended)
+        self.metrics.add_host(*flight.host_s, self.clock() - now_s, fold_s)
 
     def depart(self, tenant: Tenant) -> None:
         """Free the slot of a tenant that has no requests left."""
@@ -383,6 +390,7 @@ class Server:
             for waiting in (tenant.ready, *tenant.swaps):
                 if not waiting.done():
                     waiting.set_exception(closed)
+            logging.info("stfuse: job '%s' left", name)
             tenant.drained.set_result(None)
 
         self.command(free)

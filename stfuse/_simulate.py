@@ -16,6 +16,7 @@ import numpy as np
 from stfuse._admission import Bounds
 from stfuse._arrivals import Arrivals
 from stfuse._errors import DeadlineError, QueueFullError
+from stfuse._options import policy_of
 from stfuse._scheduler import Scheduler
 from stfuse._types import Bucket, Install, Join, Policy, Ready, Submit
 
@@ -81,11 +82,14 @@ class Simulation:
         return self.in_time / self.end_s if self.end_s else 0.0
 
     def quantile_s(self, q: float, tenants: Sequence[int] | None = None) -> float:
-        """Return a quantile of the latency of answers; NaN if there are none.
+        """Return a quantile of the latency of answers.
 
         Args:
             q: from 0 to 1.
             tenants: of these only; None for all.
+
+        Returns:
+            Seconds; NaN without answers.
         """
         taken = np.isfinite(self.latency_s)
         if tenants is not None:
@@ -94,10 +98,13 @@ class Simulation:
         return float(np.quantile(found, q)) if len(found) else math.nan
 
     def fairness(self, tenants: Sequence[int] | None = None) -> float:
-        """Return Jain's index of service over weight: 1 if all got the same.
+        """Return Jain's index of service over weight.
 
         Args:
             tenants: of these only; None for all.
+
+        Returns:
+            1 if all got the same, 1/N if one got all; NaN if nobody got anything.
         """
         shares = self.service_s / self.weights
         shares = shares if tenants is None else shares[list(tenants)]
@@ -151,7 +158,7 @@ def simulate(
     _check(trace, cost_table)
     num = int(num_tenants or trace.tenants.max(initial=0) + 1)
     run = _Run(trace, num, weights, deadline_s)
-    chosen = Policy(policy)
+    chosen = policy_of(policy)
     bounds = Bounds(max_queue_size)
     rows = max(b for _, b in cost_table)
     scheduler = Scheduler(

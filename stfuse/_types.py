@@ -33,11 +33,6 @@ class Policy(enum.Enum):
     TIME = "time"
     SPACE_TIME = "space-time"
 
-    @classmethod
-    def _missing_(cls, value: object) -> Policy:
-        names = ", ".join(repr(policy.value) for policy in cls)
-        raise ValueError(f"`stfuse.Engine`: policy is {value!r}; pass one of {names}.")
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:

@@ -1,0 +1,48 @@
+"""The options of `stfuse.Engine`, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stfuse._types import Policy
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Refuse what is no whole number of at least one.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"`stfuse.Engine`: {name} is {value!r}; pass a whole number >= 1."
+            )
+
+
+def check_delay(max_queue_delay_s: float) -> None:
+    """Refuse what is no time to wait.
+
+    Raises:
+        ValueError: it is negative, or not a number.
+    """
+    if not max_queue_delay_s >= 0:
+        raise ValueError(
+            f"`stfuse.Engine`: max_queue_delay_s is {max_queue_delay_s!r}; pass "
+            f"seconds >= 0."
+        )
+
+
+def policy_of(name: str) -> Policy:
+    """Return the policy of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return Policy(name)
+    except ValueError:
+        names = ", ".join(repr(p.value) for p in Policy)
+        raise ValueError(
+            f"`stfuse.Engine`: policy is {name!r}; pass one of {names}."
+        ) from None

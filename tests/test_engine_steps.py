@@ -1,0 +1,136 @@
+"""What a step shows of itself: two in flight, its counts, its times, its trace."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import stfuse
+from stfuse.testing import FakeDevice, ManualClock, affine_job
+from tests.serving import ROW, busy_with, serve
+
+
+class Recorder(FakeDevice):
+    """Writes down how many steps are in flight whenever one is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_flight = 0
+        self.seen = []
+
+    def launch(self, *arguments):
+        self.in_flight += 1
+        return super().launch(*arguments)
+
+    def read(self, outputs):
+        self.seen.append(self.in_flight)
+        found = super().read(outputs)
+        self.in_flight -= 1
+        return found
+
+
+def test_while_there_is_work_a_step_is_read_with_another_one_behind_it():
+    device = Recorder()
+    with serve(affine_job("a"), device=device, max_batch_size=1) as engine:
+        device.seen.clear()
+        futures = [busy_with(engine, device, "a")]
+        futures += [engine.submit("a", ROW) for _ in range(10)]
+        device.release()
+        for future in futures:
+            np.testing.assert_array_equal(future.result(60), ROW * 3)
+    assert device.seen == [1] + [2] * 9 + [1]
+
+
+def test_the_host_is_timed_apart_from_the_device():
+    clock = ManualClock()
+    device = FakeDevice(clock, step_s=0.25)
+    launch = device.launch
+
+    def slow_launch(*arguments):
+        clock.advance(0.5)
+        return launch(*arguments)
+
+    with serve(affine_job("a"), device=device, clock=clock) as engine:
+        device.launch = slow_launch
+        for _ in range(4):
+            engine.infer("a", ROW)
+        del device.launch
+        engine.health(timeout_s=60)  # it runs once the last step was counted
+        stats = engine.stats()
+    assert stats.host == stfuse.HostStats(launch_s=0.5)
+    # Launching takes time of the device as well: it may work meanwhile.
+    assert stats.device_s == 0.75
+
+
+def test_a_bucket_says_what_was_predicted_and_what_came():
+    clock = ManualClock()
+    step_s = [0.25]
+    device = FakeDevice(clock, step_s=lambda inputs: step_s[0])
+    with serve(affine_job("a"), device=device, clock=clock) as engine:
+        engine.infer("a", ROW)
+        step_s[0] = 1.0
+        engine.infer("a", ROW)
+        (bucket,) = engine.stats().buckets.values()
+    assert bucket.steps == 2
+    assert bucket.predicted_s == 0.25  # a median: one surprise does not move it
+    assert bucket.measured_s == 0.625
+    assert bucket.measured_p50_s == pytest.approx(0.25, rel=0.05)
+    assert bucket.measured_p99_s == pytest.approx(1.0, rel=0.05)
+    assert bucket.prediction_error == pytest.approx((0.0 + 3.0) / 2)
+
+
+def test_refusals_are_counted_by_their_reason():
+    clock, device = ManualClock(), FakeDevice()
+    with serve(affine_job("a"), device=device, clock=clock, max_queue_size=2) as engine:
+        running = busy_with(engine, device, "a")
+        queued = [engine.submit("a", ROW, deadline_s=1.0) for _ in range(2)]
+        for _ in range(3):
+            with pytest.raises(stfuse.QueueFullError):
+                engine.submit("a", ROW)
+        with pytest.raises(stfuse.DeadlineError):
+            engine.submit("a", ROW, deadline_s=0.0)
+        stats = engine.stats()
+        assert (stats.queued, stats.tenants["a"].queued) == (2, 2)
+        clock.advance(2.0)
+        device.release()
+        running.result(60)
+        assert all(isinstance(f.exception(60), stfuse.DeadlineError) for f in queued)
+        found = engine.stats().tenants["a"]
+    assert (found.queue_full, found.predicted_miss, found.unavailable) == (3, 1, 0)
+    assert (found.rejected, found.expired, found.shed) == (4, 2, 6)
+    assert math.isfinite(found.p99_s)
+
+
+def test_every_step_is_annotated_in_a_profile(tmp_path):
+    with serve(affine_job("a")) as engine:
+        with jax.profiler.trace(str(tmp_path)):
+            for _ in range(3):
+                engine.infer("a", ROW)
+    (profile,) = tmp_path.rglob("*.xplane.pb")
+    assert b"stfuse_step" in profile.read_bytes()
+    with serve(affine_job("a")), jax.profiler.trace(str(tmp_path / "idle")):
+        pass
+    (profile,) = (tmp_path / "idle").rglob("*.xplane.pb")
+    assert b"stfuse_step" not in profile.read_bytes()
+
+
+def test_lives_are_logged_and_requests_are_not(caplog):
+    device = FakeDevice()
+    with caplog.at_level("INFO", logger="absl"):
+        with serve(affine_job("a"), device=device, clock=ManualClock()) as engine:
+            for _ in range(20):
+                engine.infer("a", ROW)
+            device.read_error = RuntimeError("gone")
+            engine.health(timeout_s=60)
+            device.read_error = None
+            engine.health(timeout_s=60)
+            engine.remove("a")
+    texts = [r.getMessage() for r in caplog.records if "stfuse" in r.getMessage()]
+    assert texts == [
+        "stfuse: job 'a' added",
+        "stfuse: job 'a' ready",
+        "stfuse: the device is lost, the canary failed: RuntimeError: gone",
+        "stfuse: the device is back",
+        "stfuse: job 'a' left",
+    ]
