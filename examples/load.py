@@ -1,4 +1,4 @@
-"""Request streams, and two ways to send them: as they come, and as fast as possible.
+"""Two ways to send a request stream: as it comes, and as fast as possible.
 
 As they come is open loop: a request has an intended send time, drawn before anything
 is sent, and latency and deadline count from it. A server that stalls the sender gains
@@ -16,12 +16,13 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import stfuse
+from examples.streams import Stream
 
 ANSWER_TIMEOUT_S = 60.0
 REFILL_S = 0.002  # between looks at a full window
@@ -46,21 +47,6 @@ class Target(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stream:
-    """Who asks what, and when.
-
-    Attributes:
-        due_s: intended send times, ascending, float64 [R].
-        tenants: index of the asking tenant, int [R].
-        rows: index of what it asks, of its target's inputs, int [R].
-    """
-
-    due_s: np.ndarray
-    tenants: np.ndarray
-    rows: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Run:
     """What became of a stream.
 
@@ -72,6 +58,7 @@ class Run:
             for requests that were not sent, were refused, or expired.
         outputs: answers, R of them; None for requests that were not answered.
         answered_per_s: answers per second, after the warm-up in a closed loop.
+        start_s: when the stream started, on the sender's clock.
     """
 
     stream: Stream
@@ -79,6 +66,7 @@ class Run:
     latency_s: np.ndarray
     outputs: list[Any]
     answered_per_s: float
+    start_s: float
 
     @property
     def is_answered(self) -> np.ndarray:
@@ -164,74 +152,18 @@ def summarize(
     )
 
 
-def zipf(num_tenants: int, seed: int, exponent: float = 1.0) -> np.ndarray:
-    """Return shares of very unequal tenants, ``k ** -exponent`` for the k-th [N].
-
-    Args:
-        num_tenants: N.
-        seed: decides who is how popular.
-        exponent: of the law; 0 makes all equal.
-    """
-    shares = np.arange(1, num_tenants + 1, dtype=float) ** -exponent
-    return np.random.default_rng(seed).permutation(shares / shares.sum())
-
-
-def make_stream(
-    rate: float,
-    seconds: float,
-    shares: np.ndarray,
-    num_inputs: int,
-    seed: int,
-    cv: float = 1.0,
-) -> Stream:
-    """Draw arrivals whose gaps follow a Gamma law; at ``cv`` 1 they are Poisson's.
-
-    Args:
-        rate: mean requests per second, all tenants together.
-        seconds: length of the stream.
-        shares: of each tenant, float [N]; they need not sum to one.
-        num_inputs: requests that each target has.
-        seed: decides everything; the same draws serve every rate.
-        cv: coefficient of variation of the gaps; above 1 is bursty.
-
-    Returns:
-        About ``rate * seconds`` requests.
-    """
-    rng = np.random.default_rng(seed)
-    num_requests = max(1, round(rate * seconds))
-    gaps_s = rng.gamma(1 / cv**2, cv**2 / rate, num_requests)
-    return Stream(
-        np.cumsum(gaps_s),
-        rng.choice(len(shares), num_requests, p=shares / shares.sum()),
-        rng.integers(num_inputs, size=num_requests),
-    )
-
-
-def in_turn(num_requests: int, num_tenants: int, num_inputs: int) -> Stream:
-    """Return a stream for a closed loop that asks each tenant in turn."""
-    number = np.arange(num_requests)
-    rows = number // num_tenants % num_inputs
-    return Stream(np.zeros(num_requests), number % num_tenants, rows)
-
-
-def merge(*streams: Stream) -> Stream:
-    """Return the requests of several streams as one."""
-    due_s = np.concatenate([stream.due_s for stream in streams])
-    order = np.argsort(due_s, kind="stable")
-    tenants = np.concatenate([stream.tenants for stream in streams])
-    rows = np.concatenate([stream.rows for stream in streams])
-    return Stream(due_s[order], tenants[order], rows[order])
-
-
 @contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Keep the collector away: over thousands of kept futures it is a long pause."""
-    gc.collect()
-    gc.disable()
+    is_first = gc.isenabled()
+    if is_first:
+        gc.collect()
+        gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if is_first:
+            gc.enable()
 
 
 class _Sender:
@@ -301,6 +233,7 @@ def replay(
     stream: Stream,
     deadline_s: float | None,
     *,
+    start_s: float | None = None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Run:
@@ -314,6 +247,7 @@ def replay(
         targets: in the order that the stream's indices mean.
         stream: what to send.
         deadline_s: for every request, from its intended send time; None for none.
+        start_s: when the stream starts, on the clock; None for at once.
         clock: returns seconds.
         sleep: waits for some seconds.
 
@@ -321,8 +255,9 @@ def replay(
         The run, all requests of the stream in it.
     """
     sender = _Sender(engine, targets, stream, clock)
-    with _no_collections():
-        start_s = clock() + LEAD_S
+    with no_collections():
+        if start_s is None:
+            start_s = clock() + LEAD_S
         for due_s in (start_s + stream.due_s).tolist():
             now_s = clock()
             if now_s < due_s:
@@ -339,7 +274,33 @@ def replay(
     num_answered = np.isfinite(latency_s).sum()
     end_s = np.max(done_s, initial=start_s, where=np.isfinite(done_s))
     rate = num_answered / max(end_s - start_s, 1e-9)
-    return Run(stream, sent_s, latency_s, outputs, rate)
+    return Run(stream, sent_s, latency_s, outputs, rate, start_s)
+
+
+def replay_all(
+    engine: stfuse.Engine,
+    targets: Sequence[Target],
+    streams: Sequence[Stream],
+    deadline_s: float | None,
+) -> list[Run]:
+    """Send several streams at once, as clients that do not wait for each other.
+
+    Args:
+        engine: has a job for every target.
+        targets: in the order that the streams' indices mean.
+        streams: one for each client; each is sent from a thread of its own.
+        deadline_s: as for `replay`.
+
+    Returns:
+        The runs, in the order of the streams.
+    """
+    with no_collections(), ThreadPoolExecutor(len(streams)) as pool:
+        start_s = time.perf_counter() + LEAD_S
+        sent = [
+            pool.submit(replay, engine, targets, stream, deadline_s, start_s=start_s)
+            for stream in streams
+        ]
+        return [run.result() for run in sent]
 
 
 def saturate(
@@ -365,7 +326,7 @@ def saturate(
     sender = _Sender(engine, targets, stream, time.perf_counter)
     done: list[Future[Any]] = []
     num_refused = 0
-    with _no_collections():
+    with no_collections():
         now_s = start_s = time.perf_counter()
         while now_s - start_s < seconds and len(sender.sent_s) < len(stream.due_s):
             if len(sender.sent_s) - num_refused - len(done) >= window:
@@ -385,4 +346,4 @@ def saturate(
     num_answered = np.sum((done_s > warm_s) & (done_s <= stop_s))
     asked = Stream(sent_s - start_s, stream.tenants[sent], stream.rows[sent])
     rate = num_answered / (stop_s - warm_s)
-    return Run(asked, sent_s - start_s, done_s - sent_s, outputs, rate)
+    return Run(asked, sent_s - start_s, done_s - sent_s, outputs, rate, start_s)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import stfuse
-from examples import digits_tenants, load
+from examples import digits_tenants, load, streams
 from examples.digits_tenants import NUM_HELD_OUT, Tenant
 
 POLICIES = ("time", "exclusive", "space-time")  # time first: its capacity sets the load
@@ -102,8 +102,8 @@ def serve(
     """
     seconds, deadline_s = _seconds(), _DEADLINE_MS.value / 1e3
     make_stream = functools.partial(
-        load.make_stream,
-        shares=load.zipf(len(tenants), _SEED.value),
+        streams.make_stream,
+        shares=streams.zipf(len(tenants), _SEED.value),
         num_inputs=NUM_HELD_OUT,
         seed=_SEED.value,
     )
