@@ -23,6 +23,7 @@ _POLICY = flags.DEFINE_multi_enum(
     "policy", ["space-time"], POLICIES, "Which; may be given several times."
 )
 _SCALE = flags.DEFINE_enum("scale", "small", ["full", "small"], "Of the models.")
+_WORKLOAD = flags.DEFINE_string("workload", "minilm", "What all tenants run.")
 _TENANTS = flags.DEFINE_integer("tenants", None, "64 or, if small, 8.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 on a GPU."
@@ -47,8 +48,11 @@ def main(_: list[str]) -> None:
         raise app.UsageError(loadgen.MISSING)
     dtype, is_small = workloads.choose_dtype(_DTYPE.value), _SCALE.value == "small"
     known = workloads.make_workloads(jnp.dtype(dtype).type, is_small=is_small)
+    if _WORKLOAD.value not in known:
+        there = ", ".join(known)
+        raise app.UsageError(f"--workload: no {_WORKLOAD.value}; there are {there}")
     num = _TENANTS.value or (8 if is_small else 64)
-    fleet = fleets.make_fleet(known["minilm"], num, 1, jnp.dtype(dtype))
+    fleet = fleets.make_fleet(known[_WORKLOAD.value], num, 1, jnp.dtype(dtype))
     settings = loadgen.Settings(
         _LATENCY_MS.value / 1e3, _SECONDS.value, _QUERIES.value, _SEED.value
     )

@@ -354,7 +354,7 @@ def main(_: list[str]) -> None:
     kind = jax.devices()[0].device_kind
     title = f"{kind}, jax {jax.__version__}, {dtype}, {num} x {_WORKLOAD.value}"
     print(f"{title}, {_SCALE.value}; deadline {_DEADLINE_MS.value:g} ms", flush=True)
-    results: dict[str, Any] = {"title": title, "flags": app_flags()}
+    results: dict[str, Any] = {"title": title, "flags": own_flags()}
     answers = Answers()
     workload = known[_WORKLOAD.value]
     for _ in measure(workload, num, jnp.dtype(dtype), answers, results):
@@ -367,9 +367,10 @@ def main(_: list[str]) -> None:
         raise SystemExit("an answer is not its model's own")
 
 
-def app_flags() -> dict[str, Any]:
+def own_flags() -> dict[str, Any]:
     """Return this program's own flags and their values."""
-    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+    here = flags.FLAGS.find_module_defining_flag("step_rows")
+    own = flags.FLAGS.flags_by_module_dict()[here]
     return {flag.name: flag.value for flag in own}
 
 

@@ -292,11 +292,19 @@ def joining(
     options.report(run)
     added_s = marks["added"] - run.start_s
     ready_s = marks.get("ready", math.inf) - run.start_s
+    return joined(run, added_s, ready_s, options.warm_s, end_s)
+
+
+def joined(
+    run: load.Run, added_s: float, ready_s: float, warm_s: float, end_s: float
+) -> dict[str, Any]:
+    """Return what `joining` does, of a run and times from the start of its stream."""
+    is_ready = ready_s <= end_s
     until_s = min(max(ready_s, added_s + MIN_DURING_S), end_s)
-    before = summarize(run, None, options.warm_s, added_s)
+    before = summarize(run, None, warm_s, added_s)
     during = summarize(run, None, added_s, until_s)
     return {
-        "ready_s": ready_s - added_s if ready_s <= end_s else None,
+        "ready_s": ready_s - added_s if is_ready else None,
         "during_s": until_s - added_s,
         "before": dataclasses.asdict(before),
         "during": dataclasses.asdict(during),
