@@ -58,6 +58,9 @@ _LOADS = flags.DEFINE_list(
 _SECONDS = flags.DEFINE_float(
     "seconds", None, "Of each load; a third is warm-up. 1.5 or, if small, 0.7."
 )
+_JOIN_SECONDS = flags.DEFINE_float(
+    "join_seconds", None, "That a larger lane has to be built; 5 or, if small, 1."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of the isolation cases.", lower_bound=1)
 _DEADLINE_MS = flags.DEFINE_float("deadline_ms", 20.0, "From the intended send time.")
 _CV = flags.DEFINE_float("cv", 1.0, "Of the gaps: 1 is Poisson, above is bursty.")
@@ -219,14 +222,16 @@ def measure_join(
     options: goals.Options,
 ) -> dict[str, Any]:
     """Add a tenant to a free slot, then one that needs a larger lane; print both."""
-    num, found = len(fleet.jobs), {}
+    num, found, is_small = len(fleet.jobs), {}, _SCALE.value == "small"
+    build_s = _JOIN_SECONDS.value or (1.0 if is_small else 5.0)
     engine.remove(fleet.jobs[-1].name)
     cases = {
-        "free slot": (fleet.first(num - 1), fleet.jobs[-1]),
-        "larger lane": (fleet, newcomer),
+        "free slot": (fleet.first(num - 1), fleet.jobs[-1], options.seconds),
+        "larger lane": (fleet, newcomer, build_s),
     }
-    for name, (others, job) in cases.items():
-        case = goals.joining(engine, others, job, goals.HIGH_LOAD * rate, options)
+    for name, (others, job, after_s) in cases.items():
+        high = goals.HIGH_LOAD * rate
+        case = goals.joining(engine, others, job, high, after_s, options)
         found[name] = case
         ready_s = case["ready_s"]
         took = "not ready in time" if ready_s is None else f"ready in {ready_s:.2f} s"
@@ -359,12 +364,21 @@ def main(_: list[str]) -> None:
     workload = known[_WORKLOAD.value]
     for _ in measure(workload, num, jnp.dtype(dtype), answers, results):
         if _SAVE.value:  # what was measured stays if what follows fails
-            pathlib.Path(_SAVE.value).write_text(json.dumps(results))
+            pathlib.Path(_SAVE.value).write_text(json.dumps(finite(results)))
     if _PLOT.value:
         plot(_PLOT.value, title, results["policies"])
     print(f"\n{answers.num:,} answers, largest difference {answers.worst:.1e}")
     if not answers.worst <= workloads.TOLERANCE[dtype]:
         raise SystemExit("an answer is not its model's own")
+
+
+def finite(found: Any) -> Any:
+    """Return results with None for what is not finite: JSON has no word for it."""
+    if isinstance(found, dict):
+        return {key: finite(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [finite(value) for value in found]
+    return None if isinstance(found, float) and not np.isfinite(found) else found
 
 
 def own_flags() -> dict[str, Any]:

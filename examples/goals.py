@@ -20,7 +20,14 @@ import numpy as np
 import stfuse
 from examples import load
 from examples.fleet import Fleet
-from examples.load import percentiles, replay, replay_all, saturate, summarize
+from examples.load import (
+    no_collections,
+    percentiles,
+    replay,
+    replay_all,
+    saturate,
+    summarize,
+)
 from examples.streams import in_turn, make_stream
 
 OWN_SHARE = 0.5  # of its share of the capacity that a well-behaved tenant uses
@@ -257,6 +264,7 @@ def joining(
     fleet: Fleet,
     job: stfuse.Job,
     rate: float,
+    after_s: float,
     options: Options,
 ) -> dict[str, Any]:
     """Compare p99 of tenants while another one is added with their p99 before.
@@ -266,7 +274,8 @@ def joining(
         fleet: who sends.
         job: who is added after ``options.seconds``, from another thread.
         rate: requests/s of all that send.
-        options: how to measure; there is as much time after the addition as before.
+        after_s: how long they send from then on, seconds.
+        options: how to measure.
 
     Returns:
         ``ratio``: p99 of what was due between the addition and the moment at which
@@ -274,7 +283,7 @@ def joining(
         long that took, None if it took longer than there was time.
     """
     num_inputs = len(fleet.targets[0].inputs)
-    seconds, end_s = options.seconds, 2 * options.seconds
+    seconds, end_s = options.seconds, options.seconds + after_s
     equal = np.ones(len(fleet.jobs))
     stream = make_stream(rate, end_s, equal, num_inputs, options.seed)
     marks: dict[str, float] = {}
@@ -285,7 +294,7 @@ def joining(
         ready = engine.add(job)
         ready.add_done_callback(lambda _: marks.update(ready=time.perf_counter()))
 
-    with ThreadPoolExecutor(1) as pool:
+    with no_collections(), ThreadPoolExecutor(1) as pool:
         adding = pool.submit(add)
         run = replay(engine, fleet.targets, stream, None)
         adding.result()

@@ -303,7 +303,7 @@ def test_the_benchmark_of_serving_checks_prints_saves_and_draws(tmp_path):
         *("free slot", "larger lane", "largest valid rate", "no MLPerf results"),
     ):
         assert word in result.stdout
-    found = json.loads(saved.read_text())
+    found = json.loads(saved.read_text(), parse_constant=pytest.fail)
     assert set(found["policies"]) == {"exclusive", "time", "space-time"}
     for each in found["policies"].values():
         assert set(each["loads"]) == {"0.5", "2"}
