@@ -1,41 +1,49 @@
-"""Request streams, and two ways to send them: as they come, and as fast as possible.
+"""Two ways to send a request stream: as it comes, and as fast as possible.
 
-Axes: R requests, C classes. Times are seconds from the start of a stream.
+As they come is open loop: a request has an intended send time, drawn before anything
+is sent, and latency and deadline count from it. A server that stalls the sender gains
+nothing by it (no coordinated omission).
+
+Axes: R requests. Times are seconds from the start of a stream.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import stfuse
-from examples.digits_tenants import NUM_HELD_OUT, Tenant
+from examples.streams import Stream
 
 ANSWER_TIMEOUT_S = 60.0
 REFILL_S = 0.002  # between looks at a full window
 WARM_UP_SHARE = 0.2  # of a closed loop, sent but not counted
+LEAD_S = 0.01  # from the start of a replay to the start of its stream
+PERCENTILES = (50.0, 99.0, 99.9)
+REFUSALS = (stfuse.QueueFullError, stfuse.DeadlineError)
+
+Clock = Callable[[], float]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stream:
-    """Who asks what, and when.
+class Target(NamedTuple):
+    """Whom a stream may ask, and what.
 
     Attributes:
-        due_s: intended send times, ascending, float64 [R].
-        tenants: index of the asking tenant, int [R].
-        rows: index of the held-out row that it asks about, int [R].
+        name: of a job.
+        inputs: its different requests; a stream says which by index.
     """
 
-    due_s: np.ndarray
-    tenants: np.ndarray
-    rows: np.ndarray
+    name: str
+    inputs: Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,17 +51,22 @@ class Run:
     """What became of a stream.
 
     Attributes:
-        stream: the requests that were sent.
+        stream: the requests that were to be sent.
+        sent_s: when each was sent, float64 [R]; NaN for those whose deadline had
+            passed before the sender came to them.
         latency_s: from the *intended* send time to the answer, float64 [R]; infinite
-            for requests that were refused or expired.
-        answers: logits, float32 [R, C]; NaN for requests that were not answered.
+            for requests that were not sent, were refused, or expired.
+        outputs: answers, R of them; None for requests that were not answered.
         answered_per_s: answers per second, after the warm-up in a closed loop.
+        start_s: when the stream started, on the sender's clock.
     """
 
     stream: Stream
+    sent_s: np.ndarray
     latency_s: np.ndarray
-    answers: np.ndarray
+    outputs: list[Any]
     answered_per_s: float
+    start_s: float
 
     @property
     def is_answered(self) -> np.ndarray:
@@ -61,59 +74,128 @@ class Run:
         return np.isfinite(self.latency_s)
 
 
-def poisson_zipf(
-    rate: float, seconds: float, num_tenants: int, seed: int, exponent: float = 1.0
-) -> Stream:
-    """Make Poisson arrivals over tenants of very unequal popularity.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of the requests that were due in some window.
+
+    Attributes:
+        offered: how many there were.
+        offered_per_s: the same per second of the window.
+        answered_per_s: answers *given* in the window, per second.
+        goodput_per_s: requests due in it that were answered within their deadline.
+        shed: share of the offered that was refused or expired.
+        late: share that was answered after its deadline.
+        unsent: share whose deadline passed before the sender came to it.
+        p50_ms: median latency of the answered, from the intended send time.
+        p99_ms: its 99th percentile; NaN if nothing was answered.
+        p999_ms: its 99.9th.
+        lag_ms: 99th percentile of how late requests were sent.
+    """
+
+    offered: int
+    offered_per_s: float
+    answered_per_s: float
+    goodput_per_s: float
+    shed: float
+    late: float
+    unsent: float
+    p50_ms: float
+    p99_ms: float
+    p999_ms: float
+    lag_ms: float
+
+
+def percentiles(values: np.ndarray, q: Sequence[float] = PERCENTILES) -> np.ndarray:
+    """Return percentiles by nearest rank, NaN of nothing: a value that was seen."""
+    if not len(values):
+        return np.full(len(q), np.nan)
+    # Rounded: 99.9% of 1000 is the 999th, and not the next because of a last bit.
+    ranks = [math.ceil(round(percent * len(values) / 100, 6)) for percent in q]
+    return np.sort(values)[np.array(ranks) - 1]
+
+
+def summarize(
+    run: Run,
+    deadline_s: float | None,
+    start_s: float,
+    end_s: float,
+    which: np.ndarray | None = None,
+) -> Summary:
+    """Count what became of the requests that were due from ``start_s`` to ``end_s``.
 
     Args:
-        rate: mean requests per second, all tenants together.
-        seconds: length of the stream.
-        num_tenants: the k-th most popular one has weight ``k ** -exponent``; who is
-            how popular is drawn too.
-        seed: decides everything; the same draws serve every rate.
-        exponent: of the Zipf law.
-
-    Returns:
-        About ``rate * seconds`` requests.
+        run: an open loop's.
+        deadline_s: that the requests had, from their intended send time.
+        start_s: of the window; what is due before is warm-up.
+        end_s: of the window.
+        which: bool [R], the requests to count; all if None.
     """
-    rng = np.random.default_rng(seed)
-    weights = rng.permutation(np.arange(1, num_tenants + 1) ** -exponent)
-    num_requests = max(1, round(rate * seconds))
-    return Stream(
-        np.cumsum(rng.exponential(1 / rate, num_requests)),
-        rng.choice(num_tenants, num_requests, p=weights / weights.sum()),
-        rng.integers(NUM_HELD_OUT, size=num_requests),
+    due_s, latency_s = run.stream.due_s, run.latency_s
+    counted = np.ones(len(due_s), bool) if which is None else which
+    done_s, seconds = due_s + latency_s, end_s - start_s
+    given = np.sum(counted & (done_s >= start_s) & (done_s < end_s))
+    counted = counted & (due_s >= start_s) & (due_s < end_s)
+    own_s, sent_s = latency_s[counted], run.sent_s[counted]
+    is_answered, is_sent = np.isfinite(own_s), np.isfinite(sent_s)
+    limit_s = np.inf if deadline_s is None else deadline_s
+    num_good = np.sum(is_answered & (own_s <= limit_s))
+    offered = max(len(own_s), 1)
+    lag_s = (sent_s - due_s[counted])[is_sent]
+    return Summary(
+        len(own_s),
+        len(own_s) / seconds,
+        float(given / seconds),
+        float(num_good / seconds),
+        float(np.sum(is_sent & ~is_answered) / offered),
+        float((np.sum(is_answered) - num_good) / offered),
+        float(np.sum(~is_sent) / offered),
+        *(1e3 * percentiles(own_s[is_answered])).tolist(),
+        float(1e3 * percentiles(lag_s, (99.0,))[0]),
     )
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Keep the collector away: over thousands of kept futures it is a long pause."""
+    is_first = gc.isenabled()
+    if is_first:
+        gc.collect()
+        gc.disable()
+    try:
+        yield
+    finally:
+        if is_first:
+            gc.enable()
 
 
 class _Sender:
     """Sends requests of a stream to an engine, and keeps what comes back."""
 
     def __init__(
-        self, engine: stfuse.Engine, tenants: Sequence[Tenant], stream: Stream
+        self,
+        engine: stfuse.Engine,
+        targets: Sequence[Target],
+        stream: Stream,
+        clock: Clock,
     ) -> None:
-        self._submit = engine.submit
-        self._names = [tenant.name for tenant in tenants]
-        self._images = [
-            [tenant.task.images[row : row + 1] for row in range(NUM_HELD_OUT)]
-            for tenant in tenants
-        ]
+        self._submit, self._clock = engine.submit, clock
+        self._targets = targets
         self._requests = list(
             zip(stream.tenants.tolist(), stream.rows.tolist(), strict=True)
         )
-        self.stream = stream
         self.futures: list[Future[Any] | None] = []
+        self.sent_s: list[float] = []
         self.done_s = [float("inf")] * len(self._requests)
 
-    def send(self, i: int, deadline_s: float | None, on_done: Any = None) -> None:
-        """Submit request ``i``; note when it is answered, or that it was refused."""
+    def send(self, now_s: float, deadline_s: float | None, on_done: Any = None) -> None:
+        """Submit the next request; note when it is answered, or that it was refused."""
+        i = len(self.futures)
         tenant, row = self._requests[i]
+        name, inputs = self._targets[tenant]
+        self.sent_s.append(now_s)
         try:
-            future = self._submit(
-                self._names[tenant], self._images[tenant][row], deadline_s=deadline_s
-            )
-        except (stfuse.QueueFullError, stfuse.DeadlineError):
+            future = self._submit(name, inputs[row], deadline_s=deadline_s)
+        except REFUSALS:
             self.futures.append(None)
         else:
             self.futures.append(future)
@@ -121,65 +203,111 @@ class _Sender:
             if on_done is not None:
                 future.add_done_callback(on_done)
 
-    def _stamp(self, i: int, _: Future[Any]) -> None:
-        self.done_s[i] = time.perf_counter()
+    def skip(self) -> None:
+        """Leave the next request out: its deadline has passed."""
+        self.sent_s.append(float("nan"))
+        self.futures.append(None)
 
-    def answers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait for everything sent; return answers [R, C] and times of answer [R]."""
+    def _stamp(self, i: int, _: Future[Any]) -> None:
+        self.done_s[i] = self._clock()
+
+    def answers(self) -> tuple[list[Any], np.ndarray]:
+        """Wait for everything sent; return answers, R, and times of answer [R]."""
+        outputs: list[Any] = []
         done_s = np.full(len(self.futures), np.inf)
-        answers = np.full((len(self.futures), 10), np.nan, np.float32)
         for i, future in enumerate(self.futures):
-            if future is None:
-                continue
-            error = future.exception(ANSWER_TIMEOUT_S)
-            if error is None:
-                answers[i] = future.result()[0]
+            error = None if future is None else future.exception(ANSWER_TIMEOUT_S)
+            if future is None or error is not None:
+                outputs.append(None)
+            else:
+                outputs.append(future.result())
+                while math.isinf(self.done_s[i]):
+                    time.sleep(1e-4)  # a future wakes us before its callbacks run
                 done_s[i] = self.done_s[i]
-            elif not isinstance(error, stfuse.QueueFullError | stfuse.DeadlineError):
+            if error and not isinstance(error, REFUSALS):
                 raise error
-        return answers, done_s
+        return outputs, done_s
 
 
 def replay(
     engine: stfuse.Engine,
-    tenants: Sequence[Tenant],
+    targets: Sequence[Target],
     stream: Stream,
-    deadline_s: float,
+    deadline_s: float | None,
+    *,
+    start_s: float | None = None,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Run:
     """Send a stream open loop: each request when it is due, whatever became of others.
 
-    A sender that lags skips nothing: latency and deadline count from the intended time.
+    All that is due is sent at once. A sender that lags sends late, and not at all what
+    can no longer be in time; latency and deadline count from the intended time.
 
     Args:
-        engine: has a job for every tenant.
-        tenants: in the order that the stream's indices mean.
+        engine: has a job for every target.
+        targets: in the order that the stream's indices mean.
         stream: what to send.
-        deadline_s: for every request, from its intended send time.
+        deadline_s: for every request, from its intended send time; None for none.
+        start_s: when the stream starts, on the clock; None for at once.
+        clock: returns seconds.
+        sleep: waits for some seconds.
 
     Returns:
         The run, all requests of the stream in it.
     """
-    sender = _Sender(engine, tenants, stream)
-    gc.collect()
-    gc.disable()  # thousands of kept futures would make a collection a long pause
-    start_s = time.perf_counter() + 0.01
-    for i, due_s in enumerate((start_s + stream.due_s).tolist()):
-        now_s = time.perf_counter()
-        if now_s < due_s:
-            time.sleep(due_s - now_s)
-            now_s = time.perf_counter()
-        sender.send(i, max(due_s + deadline_s - now_s, 1e-4))
-    answers, done_s = sender.answers()
-    gc.enable()
+    sender = _Sender(engine, targets, stream, clock)
+    with no_collections():
+        if start_s is None:
+            start_s = clock() + LEAD_S
+        for due_s in (start_s + stream.due_s).tolist():
+            now_s = clock()
+            if now_s < due_s:
+                sleep(due_s - now_s)
+                now_s = clock()
+            left_s = None if deadline_s is None else due_s + deadline_s - now_s
+            if left_s is None or left_s > 0:
+                sender.send(now_s, left_s)
+            else:
+                sender.skip()
+        outputs, done_s = sender.answers()
+    sent_s = np.array(sender.sent_s) - start_s
     latency_s = done_s - start_s - stream.due_s
     num_answered = np.isfinite(latency_s).sum()
     end_s = np.max(done_s, initial=start_s, where=np.isfinite(done_s))
-    return Run(stream, latency_s, answers, num_answered / max(end_s - start_s, 1e-9))
+    rate = num_answered / max(end_s - start_s, 1e-9)
+    return Run(stream, sent_s, latency_s, outputs, rate, start_s)
+
+
+def replay_all(
+    engine: stfuse.Engine,
+    targets: Sequence[Target],
+    streams: Sequence[Stream],
+    deadline_s: float | None,
+) -> list[Run]:
+    """Send several streams at once, as clients that do not wait for each other.
+
+    Args:
+        engine: has a job for every target.
+        targets: in the order that the streams' indices mean.
+        streams: one for each client; each is sent from a thread of its own.
+        deadline_s: as for `replay`.
+
+    Returns:
+        The runs, in the order of the streams.
+    """
+    with no_collections(), ThreadPoolExecutor(len(streams)) as pool:
+        start_s = time.perf_counter() + LEAD_S
+        sent = [
+            pool.submit(replay, engine, targets, stream, deadline_s, start_s=start_s)
+            for stream in streams
+        ]
+        return [run.result() for run in sent]
 
 
 def saturate(
     engine: stfuse.Engine,
-    tenants: Sequence[Tenant],
+    targets: Sequence[Target],
     stream: Stream,
     seconds: float,
     window: int = 512,
@@ -187,8 +315,8 @@ def saturate(
     """Send a stream closed loop: as fast as answers come, ``window`` outstanding.
 
     Args:
-        engine: has a job for every tenant.
-        tenants: in the order that the stream's indices mean.
+        engine: has a job for every target.
+        targets: in the order that the stream's indices mean.
         stream: what to send; its times are not used.
         seconds: how long to send, unless the stream ends before.
         window: the most requests without an answer at any time.
@@ -197,33 +325,27 @@ def saturate(
         The run, with those requests of the stream that were sent. Latencies in it
         count from the submission.
     """
-    sender = _Sender(engine, tenants, stream)
+    sender = _Sender(engine, targets, stream, time.perf_counter)
     done: list[Future[Any]] = []
-    sent_s: list[float] = []
     num_refused = 0
-    gc.collect()
-    gc.disable()
-    now_s = start_s = time.perf_counter()
-    while now_s - start_s < seconds and len(sent_s) < len(stream.due_s):
-        if len(sent_s) - num_refused - len(done) >= window:
-            # Refill in bursts: to be woken by every answer would cost the engine the
-            # interpreter, the more the fewer answers a step gives.
-            time.sleep(REFILL_S)
-        else:
-            # No deadline: a request that waits long must be answered, not expire.
-            sender.send(len(sent_s), ANSWER_TIMEOUT_S, done.append)
-            sent_s.append(now_s)
-            num_refused += sender.futures[-1] is None
-        now_s = time.perf_counter()
-    stop_s = time.perf_counter()
-    answers, done_s = sender.answers()
-    gc.enable()
+    with no_collections():
+        now_s = start_s = time.perf_counter()
+        while now_s - start_s < seconds and len(sender.sent_s) < len(stream.due_s):
+            if len(sender.sent_s) - num_refused - len(done) >= window:
+                # Refill in bursts: to be woken by every answer would cost the engine
+                # the interpreter, the more the fewer answers a step gives.
+                time.sleep(REFILL_S)
+            else:
+                # No deadline: a request that waits long must be answered, not expire.
+                sender.send(now_s, ANSWER_TIMEOUT_S, done.append)
+                num_refused += sender.futures[-1] is None
+            now_s = time.perf_counter()
+        stop_s = time.perf_counter()
+        outputs, done_s = sender.answers()
+    sent_s = np.array(sender.sent_s)
     sent = slice(len(sent_s))
     warm_s = start_s + WARM_UP_SHARE * (stop_s - start_s)
     num_answered = np.sum((done_s > warm_s) & (done_s <= stop_s))
-    return Run(
-        Stream(np.array(sent_s) - start_s, stream.tenants[sent], stream.rows[sent]),
-        done_s - np.array(sent_s),
-        answers,
-        num_answered / (stop_s - warm_s),
-    )
+    asked = Stream(sent_s - start_s, stream.tenants[sent], stream.rows[sent])
+    rate = num_answered / (stop_s - warm_s)
+    return Run(asked, sent_s - start_s, done_s - sent_s, outputs, rate, start_s)

@@ -21,6 +21,7 @@ SMALLEST = {
     ],
     "bench_host": ["--tenants=4", "--rounds=3"],
     "bench_lowering": ["--smoke", "--jobs=2", "--repeats=1"],
+    "bench_loadgen": ["--workload=mlp", "--tenants=2", "--target_latency_ms=2000"],
     "bench_planning": [
         "--jobs=4",
         "--species=2",
@@ -28,6 +29,7 @@ SMALLEST = {
         "--chains=3",
         "--chain_ops=40",
     ],
+    "bench_serving": ["--scale=small", "--workload=mlp", "--tenants=2"],
     "bench_step": ["--scale=small", "--jobs=1,2", "--calls=1", "--rounds=1"],
     "bench_subset": ["--scale=small", "--cases=gemm:6:2", "--calls=1", "--rounds=1"],
     "decode_loop": ["--smoke", "--repeats=1"],
@@ -41,7 +43,8 @@ SMALLEST = {
     "vision_tenants": ["--smoke"],
 }
 # Not run by name: they are imported by an example that is.
-PARTS = {"__init__", "digits_tenants", "load", "mixes", "torch_rivals", "workloads"}
+PARTS = {"__init__", "digits_tenants", "fleet", "goals", "load", "loadgen", "mixes"}
+PARTS |= {"streams", "torch_rivals", "workloads"}
 
 
 def run(*arguments, **options):

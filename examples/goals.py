@@ -1,0 +1,321 @@
+"""What an engine promises about speed, measured: rate, latency, walls, newcomers.
+
+Each function returns plain numbers, and the ratio that a goal is about as ``ratio``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+import stfuse
+from examples import load
+from examples.fleet import Fleet
+from examples.load import (
+    no_collections,
+    percentiles,
+    replay,
+    replay_all,
+    saturate,
+    summarize,
+)
+from examples.streams import in_turn, make_stream
+
+OWN_SHARE = 0.5  # of its share of the capacity that a well-behaved tenant uses
+ABUSE = 10.0  # shares that an abusive one asks for
+HIGH_LOAD = 0.7  # of the capacity
+WINDOW_STEPS = 4  # full steps' requests that a closed loop keeps outstanding
+MIN_DURING_S = 0.5  # a join may be over before a percentile means anything
+BARE_ROUNDS = 5
+MOST_PER_S = 200_000  # requests that a closed loop may get through
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """How long and how to measure.
+
+    Attributes:
+        seconds: of each load, warm-up included.
+        warm_s: seconds of it that are not counted.
+        seed: of all streams.
+        report: called with each run, to check its answers.
+    """
+
+    seconds: float
+    warm_s: float
+    seed: int
+    report: Callable[[load.Run], None]
+
+
+def window(fleet: Fleet, max_batch_size: int) -> int:
+    """Return the requests outstanding that keep every slot of two steps filled."""
+    return WINDOW_STEPS * len(fleet.jobs) * max(1, max_batch_size // fleet.rows)
+
+
+def capacity(
+    engine: stfuse.Engine,
+    fleet: Fleet,
+    shares: np.ndarray,
+    outstanding: int,
+    options: Options,
+) -> tuple[load.Run, str]:
+    """Serve as fast as possible; return the run, and the bucket of most steps.
+
+    Equal tenants are asked in turn, so that each has as much waiting.
+    """
+    most, num_inputs = int(MOST_PER_S * options.seconds), len(fleet.targets[0].inputs)
+    if np.allclose(shares, shares[0]):
+        stream = in_turn(most, len(shares), num_inputs)
+    else:
+        stream = make_stream(1.0, most, shares, num_inputs, options.seed)
+    before = engine.stats()
+    run = saturate(engine, fleet.targets, stream, options.seconds, outstanding)
+    after = engine.stats()
+    options.report(run)
+
+    def num_new(bucket: str) -> int:
+        old = before.buckets.get(bucket)
+        return after.buckets[bucket].steps - (old.steps if old else 0)
+
+    return run, max(after.buckets, key=num_new)
+
+
+def tenants_per_step(before: stfuse.Snapshot, after: stfuse.Snapshot) -> float:
+    """Return the mean number of tenants of the steps between two snapshots."""
+    seen = [s.tenants_per_step * s.steps for s in (before, after)]
+    return (seen[1] - seen[0]) / max(after.steps - before.steps, 1)
+
+
+def slots_and_rows(bucket: str) -> tuple[int, int]:
+    """Return the slots, over all species, and the rows of a bucket of a snapshot.
+
+    Example:
+        >>> slots_and_rows("all 16+8x4")
+        (24, 4)
+    """
+    slots, rows = bucket.rsplit(" ", 1)[1].split("x")
+    return sum(map(int, slots.split("+"))), int(rows)
+
+
+def time_bare(run: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Return seconds per call with two in flight, and of a call that is waited for.
+
+    Args:
+        run: starts a step, and returns what has a ``block_until_ready``.
+        seconds: to spend on each, over all rounds; the medians of the rounds count.
+    """
+    jax.block_until_ready(run())
+    start_s = time.perf_counter()
+    jax.block_until_ready(run())
+    one_s = time.perf_counter() - start_s
+    num_calls = max(3, int(seconds / BARE_ROUNDS / one_s))
+    pipelined, alone = [], []
+    for _ in range(BARE_ROUNDS):
+        start_s = time.perf_counter()
+        flying = deque([run()])
+        for _ in range(num_calls - 1):
+            flying.append(run())
+            jax.block_until_ready(flying.popleft())
+        jax.block_until_ready(flying.popleft())
+        middle_s = time.perf_counter()
+        for _ in range(num_calls):
+            jax.block_until_ready(run())
+        pipelined.append((middle_s - start_s) / num_calls)
+        alone.append((time.perf_counter() - middle_s) / num_calls)
+    return statistics.median(pipelined), statistics.median(alone)
+
+
+def bare_step(fleet: Fleet, num_slots: int, rows: int, seconds: float) -> dict:
+    """Time the compiled step alone: no engine, no staging, no requests.
+
+    Its weights and inputs are on the device, and its outputs stay there.
+
+    Args:
+        fleet: whose first ``num_slots`` tenants are in it.
+        num_slots: K; at most N are used.
+        rows: of each slot.
+        seconds: to spend.
+    """
+    some = fleet.first(min(num_slots, len(fleet.jobs)))
+    fused = stfuse.fuse(some.jobs)
+    bank = fused.pack()
+    inputs = {
+        name: jax.tree.map(lambda *xs: _rows(xs, rows), *own)
+        for name, own in some.targets
+    }
+    stacked = jax.device_put(fused.stack(inputs))
+    pipelined_s, latency_s = time_bare(lambda: fused.step(bank, stacked), seconds)
+    return {
+        "slots": len(some.jobs),
+        "rows": rows,
+        "step_s": pipelined_s,
+        "latency_s": latency_s,
+        "rows_per_s": len(some.jobs) * rows / pipelined_s,
+    }
+
+
+def _rows(requests: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """Return some rows made of the rows of requests, as often as it takes."""
+    there = np.concatenate(requests)
+    return there[np.arange(rows) % len(there)]
+
+
+def against_bare(
+    engine: stfuse.Engine, fleet: Fleet, outstanding: int, options: Options
+) -> dict[str, Any]:
+    """Compare the engine with its own bare step: rows/s saturated, p99 at high load.
+
+    Returns:
+        ``ratio``: the engine's rows/s over the bare step's at the bucket that it used
+        most; ``p99_steps``: p99 at `HIGH_LOAD` in bare step times, two in flight.
+    """
+    equal = np.ones(len(fleet.jobs))
+    before = engine.stats()
+    run, bucket = capacity(engine, fleet, equal, outstanding, options)
+    per_step = tenants_per_step(before, engine.stats())
+    measured_s = engine.stats().buckets[bucket].measured_s
+    bare = bare_step(fleet, *slots_and_rows(bucket), options.seconds / 2)
+    rate = HIGH_LOAD * run.answered_per_s
+    num_inputs = len(fleet.targets[0].inputs)
+    stream = make_stream(rate, options.seconds, equal, num_inputs, options.seed)
+    loaded = replay(engine, fleet.targets, stream, None)
+    options.report(loaded)
+    found = summarize(loaded, None, options.warm_s, options.seconds)
+    rows_per_s = run.answered_per_s * fleet.rows
+    return {
+        "bucket": bucket,
+        "bare": bare,
+        "engine_step_s": measured_s,
+        "tenants_per_step": per_step,
+        "rows_per_s": rows_per_s,
+        "ratio": rows_per_s / bare["rows_per_s"],
+        "high_load": dataclasses.asdict(found),
+        "p99_steps": found.p99_ms / 1e3 / bare["step_s"],
+        "p99_latencies": found.p99_ms / 1e3 / bare["latency_s"],
+    }
+
+
+def isolation(
+    engine: stfuse.Engine,
+    fleet: Fleet,
+    rate: float,
+    deadline_s: float | None,
+    rounds: int,
+    options: Options,
+) -> dict[str, Any]:
+    """Compare p99 of well-behaved tenants beside an abusive one and a peaceful one.
+
+    A share is the capacity over N. All use `OWN_SHARE` of theirs; when abusive, the
+    first tenant asks for `ABUSE` shares, from a thread of its own. Both cases take
+    turns; in all rounds the others send the very same requests.
+
+    Args:
+        engine: has the fleet's jobs, all of one weight.
+        fleet: the first tenant of it is the one.
+        rate: the capacity, requests/s.
+        deadline_s: of all requests, or None.
+        rounds: how often each case has its turn.
+        options: how to measure.
+
+    Returns:
+        ``ratio``: p99 of the others, all rounds together, abusive over peaceful.
+    """
+    num, num_inputs = len(fleet.jobs), len(fleet.targets[0].inputs)
+    share, seconds, seed = rate / num, options.seconds, options.seed
+    one = (np.arange(num) == 0).astype(float)
+    others_rate = OWN_SHARE * share * (num - 1)
+    others = make_stream(others_rate, seconds, 1 - one, num_inputs, seed)
+    found: dict[str, Any] = {"share_per_s": share, "deadline_s": deadline_s}
+    latencies_s: dict[str, list[np.ndarray]] = {"peaceful": [], "abusive": []}
+    for _ in range(rounds):
+        for case, shares in (("peaceful", OWN_SHARE), ("abusive", ABUSE)):
+            own = make_stream(shares * share, seconds, one, num_inputs, seed + 1)
+            runs = replay_all(engine, fleet.targets, (others, own), deadline_s)
+            record = {}
+            for name, run in zip(("others", "first"), runs, strict=True):
+                options.report(run)
+                summary = summarize(run, deadline_s, options.warm_s, seconds)
+                record[name] = dataclasses.asdict(summary)
+            counted = runs[0].is_answered & (others.due_s >= options.warm_s)
+            latencies_s[case].append(runs[0].latency_s[counted])
+            found.setdefault(case, []).append(record)
+    p99 = {
+        case: percentiles(np.concatenate(each), (99.0,))[0]
+        for case, each in latencies_s.items()
+    }
+    return found | {
+        "peaceful_p99_ms": 1e3 * p99["peaceful"],
+        "abusive_p99_ms": 1e3 * p99["abusive"],
+        "ratio": p99["abusive"] / p99["peaceful"],
+    }
+
+
+def joining(
+    engine: stfuse.Engine,
+    fleet: Fleet,
+    job: stfuse.Job,
+    rate: float,
+    after_s: float,
+    options: Options,
+) -> dict[str, Any]:
+    """Compare p99 of tenants while another one is added with their p99 before.
+
+    Args:
+        engine: has the fleet's jobs and not ``job``.
+        fleet: who sends.
+        job: who is added after ``options.seconds``, from another thread.
+        rate: requests/s of all that send.
+        after_s: how long they send from then on, seconds.
+        options: how to measure.
+
+    Returns:
+        ``ratio``: p99 of what was due between the addition and the moment at which
+        ``job`` was ready (at least `MIN_DURING_S`), over p99 before; ``ready_s``: how
+        long that took, None if it took longer than there was time.
+    """
+    num_inputs = len(fleet.targets[0].inputs)
+    seconds, end_s = options.seconds, options.seconds + after_s
+    equal = np.ones(len(fleet.jobs))
+    stream = make_stream(rate, end_s, equal, num_inputs, options.seed)
+    marks: dict[str, float] = {}
+
+    def add() -> None:
+        time.sleep(seconds)
+        marks["added"] = time.perf_counter()
+        ready = engine.add(job)
+        ready.add_done_callback(lambda _: marks.update(ready=time.perf_counter()))
+
+    with no_collections(), ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(add)
+        run = replay(engine, fleet.targets, stream, None)
+        adding.result()
+    options.report(run)
+    added_s = marks["added"] - run.start_s
+    ready_s = marks.get("ready", math.inf) - run.start_s
+    return joined(run, added_s, ready_s, options.warm_s, end_s)
+
+
+def joined(
+    run: load.Run, added_s: float, ready_s: float, warm_s: float, end_s: float
+) -> dict[str, Any]:
+    """Return what `joining` does, of a run and times from the start of its stream."""
+    is_ready = ready_s <= end_s
+    until_s = min(max(ready_s, added_s + MIN_DURING_S), end_s)
+    before = summarize(run, None, warm_s, added_s)
+    during = summarize(run, None, added_s, until_s)
+    return {
+        "ready_s": ready_s - added_s if is_ready else None,
+        "during_s": until_s - added_s,
+        "before": dataclasses.asdict(before),
+        "during": dataclasses.asdict(during),
+        "ratio": during.p99_ms / before.p99_ms,
+    }
