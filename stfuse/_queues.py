@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,15 +130,15 @@ class Queues:
             self._moved(tenant, before)
             self.place(tenant)
 
-    def drop(self, tenant: Tenant, requests: Iterable[int]) -> None:
+    def drop(self, tenant: Tenant, requests: Sequence[int]) -> None:
         """Take requests off a queue."""
-        gone, before = set(requests), self._head_s(tenant)
-        first = tenant.queue[: len(gone)]
-        if all(entry.request in gone for entry in first):
-            del tenant.queue[: len(gone)]
+        queue, before = tenant.queue, self._head_s(tenant)
+        if len(requests) == len(queue):
+            first, tenant.queue = queue, []
         else:
-            first = [e for e in tenant.queue if e.request in gone]
-            tenant.queue = [e for e in tenant.queue if e.request not in gone]
+            gone = set(requests)
+            first = [entry for entry in queue if entry.request in gone]
+            tenant.queue = [entry for entry in queue if entry.request not in gone]
         for entry in first:
             del self._owner[entry.request]
             self._count(tenant, entry, -1)

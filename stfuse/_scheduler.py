@@ -281,27 +281,29 @@ class Scheduler:
         self, lane: LaneBuckets, first: Tenant, mates: Sequence[Tenant], now_s: float
     ) -> tuple[Bucket, list[Chunk]] | None:
         """Return the bucket of most rows a second that serves the first tenant."""
-        most_slots = lane.slots
-        head_s = first.queue[0].deadline_s
-        cut: list[list[Chunk]] = [[] for _ in mates]
+        most_slots, head_s = lane.slots, first.queue[0].deadline_s
+        cut: list[list[Chunk]] = []
+        is_whole = False  # every queue fits in one slot: more rows would change nothing
         max_rows = most = 0  # of a slot, and of all that there is to serve
-        best: tuple[Bucket, list[Chunk]] | None = None
-        best_score = (False, 0.0)
+        found = []  # what each bucket could do at best
         for bucket, times in lane.ready.items():
             if bucket.rows != max_rows:
                 max_rows = bucket.rows
-                cut = [
-                    own
-                    if own and len(own[0].requests) == len(t.queue)  # all in one slot
-                    else self._chunks(t, max_rows, most_slots)
-                    for t, own in zip(mates, cut, strict=True)
-                ]
-                most = sum([c.rows for own in cut for c in own])
+                if not is_whole:
+                    cut = [self._chunks(t, max_rows, most_slots) for t in mates]
+                    is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
+                    most = sum([c.rows for own in cut for c in own])
             is_in_time = self._is_contended or now_s + times.p99_s <= head_s
-            if (is_in_time, most / times.step_s) <= best_score:
-                continue  # not even if it served all of them
-            chunks = fill(lane, bucket, cut)
-            score = (is_in_time, sum([c.rows for c in chunks]) / times.step_s)
+            rows = min(most, sum(bucket.slots) * max_rows)
+            found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
+        found.sort(key=lambda each: each[:2], reverse=True)
+        best: tuple[Bucket, list[Chunk]] | None = None
+        best_score = (False, 0.0)
+        for is_in_time, rate, bucket, step_s, own in found:
+            if (is_in_time, rate) <= best_score:
+                break  # nor can any that follows
+            chunks = fill(lane, bucket, own)
+            score = (is_in_time, sum([c.rows for c in chunks]) / step_s)
             serves_first = chunks and chunks[0].tenant == first.name
             if serves_first and score > best_score:
                 best, best_score = (bucket, chunks), score
@@ -333,6 +335,10 @@ class Scheduler:
             self._queues.drop(self._tenants[chunk.tenant], chunk.requests)
         self._is_contended = len(self._queues) > 0
         self._admission.pace.start(now_s, step_s, lane.slots, lane.rows, lane.is_dense)
+
+
+def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:
+    return len(own) == 1 and len(own[0].requests) == len(tenant.queue)
 
 
 def _at(seen: list[Tenant], i: int, order: Iterator[Tenant]) -> Tenant | None:
