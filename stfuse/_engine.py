@@ -52,6 +52,8 @@ class Engine:
         max_queue_delay_s: how long a request may wait for company while the device is
             free, seconds.
         max_queue_size: most requests that one job may have waiting.
+        max_device_bytes: most device memory to use; None for all there is. Tenants
+            beyond it live on the host while they have no requests.
         device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
             for JAX's default device.
         clock: returns seconds and never goes back.
@@ -76,6 +78,7 @@ class Engine:
         max_slots: int = 64,
         max_queue_delay_s: float = 0.0,
         max_queue_size: int = 1024,
+        max_device_bytes: int | None = None,
         device: Any = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -106,10 +109,13 @@ class Engine:
         on: Device = device if is_own else JaxDevice(device)
         self._server = Server(scheduler, on, clock)
         self._builder = Builder(
-            self._server, chosen, max_batch_size=max_batch_size, max_slots=max_slots
+            self._server,
+            chosen,
+            max_batch_size=max_batch_size,
+            max_slots=max_slots,
+            max_device_bytes=max_device_bytes,
         )
         self._compiles_before = _cache.STEPS.num_compiles
-        self._server.rebuild = self._builder.request
         self._threads = _started(self._server, self._builder)
 
     def add(self, job: Job) -> Future[None]:
@@ -170,7 +176,7 @@ class Engine:
                 self._server.scheduler.handle(Leave(name))
             is_idle = not tenant.outstanding
         if is_idle:
-            self._server.depart(tenant)
+            self._server.members.depart(tenant)
         tenant.drained.result()
 
     def swap(self, name: str, params: Any) -> None:

@@ -70,7 +70,7 @@ def build(server: Server, builder: Builder) -> None:
                 if not builder.is_pending(tenant.lane):
                     name = tenant.job.name
                     text = f"job '{name}' was refused: {reason}"
-                    server.refuse(tenant, DeviceError(text, jobs=(name,)))
+                    server.members.refuse(tenant, DeviceError(text, jobs=(name,)))
 
 
 def end(

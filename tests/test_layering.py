@@ -12,9 +12,9 @@ PACKAGE = ROOT / "stfuse"
 ORDER = (
     "_errors _types _tree _lengths _job _inputs _fingerprint _program _trace _cost "
     "_rules _plan _draft _merge _align _lower _values _evaluate _layout _bank _part "
-    "_step _stacked _cache _tuned _fuse _metrics metrics _scheduler _device _lane "
-    "_answers _flight _books _health _canary _faults _server _builder _swap "
-    "_supervise _engine __init__ testing"
+    "_step _stacked _cache _tuned _fuse _metrics metrics _scheduler _stragglers "
+    "_device _lane _memory _answers _flight _books _health _canary _faults "
+    "_residency _members _server _regroup _builder _swap _supervise _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
 FOLDERS = {
@@ -27,7 +27,7 @@ SOURCES = sorted(
     for room in ("stfuse", "models", "examples")
     for path in (ROOT / room).rglob("*.py")
 )
-JAX_FREE = ("_errors", "_types", "_metrics", "_scheduler", "_health", "metrics")
+JAX_FREE = ("_errors", "_types", "_metrics", "_scheduler", "_health", "metrics", "_stragglers")
 
 
 def imports(path):
