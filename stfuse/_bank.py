@@ -321,7 +321,10 @@ def _stack(buffer: Buffer, own: Sequence[Sequence[Any]], capacities: Any) -> Any
     """Return the stack of a leaf: per member its jobs' leaves, then empty slots."""
     counts = dict(enumerate(capacities))
     shape = buffer.shape(counts)
-    columns = [[_as(x, buffer.dtype) for x in column] for column in own]
+    columns = [  # where there are more jobs than slots, the first of them
+        [_as(x, buffer.dtype) for x in column[: capacities[b]]]
+        for (b, _), column in zip(buffer.members, own, strict=True)
+    ]
     if all(isinstance(x, np.ndarray) for column in columns for x in column):
         stack = np.zeros((buffer.num_rows(counts), *shape), buffer.dtype)
         starts = buffer.starts(counts)

@@ -4,8 +4,12 @@ Rules:
     A job joins a running lane without compiling when its program is there, a slot is
     free, and it has the shared leaves' values; else its lane is built anew beside the
     old one, which goes on serving until the new one's first bucket is compiled.
+    While others are served, a new job does not wait for that: a small lane of its own
+    serves it until the shared one takes it in.
     The first bucket covers all others, so the lane serves at once, if not yet at full
     speed; a job is ready when all of them are compiled and measured.
+    What does not fit into memory is not tried: slots are given in turns, a bucket is
+    left out, a job stays in a lane of its own, or is refused, in this order.
     A build that fails refuses the jobs that it was for; the others notice nothing.
 """
 
@@ -17,12 +21,16 @@ from concurrent.futures import Future
 from absl import logging
 
 from stfuse import _cost, _lane
-from stfuse._cache import buckets
+from stfuse._cache import buckets, next_power_of_two
 from stfuse._errors import DeviceError, StfuseError
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
+from stfuse._members import SHARED
+from stfuse._memory import DoesNotFit, Memory, bank_bytes
+from stfuse._regroup import Regroup, program
+from stfuse._residency import as_install
 from stfuse._server import Server
-from stfuse._types import Bucket, Install, Policy
+from stfuse._types import Bucket, Policy
 
 
 class Builder:
@@ -30,26 +38,38 @@ class Builder:
 
     Args:
         server: whose lanes.
-        policy: ``SPACE_TIME`` has one lane for all jobs, the others one each.
+        policy: ``SPACE_TIME`` has one lane for all jobs that fuse, the others one each.
         max_batch_size: most rows of a slot.
         max_slots: most slots of a step.
+        max_device_bytes: most bytes of the device's memory; None for all there are.
     """
 
     def __init__(
-        self, server: Server, policy: Policy, *, max_batch_size: int, max_slots: int
+        self,
+        server: Server,
+        policy: Policy,
+        *,
+        max_batch_size: int,
+        max_slots: int,
+        max_device_bytes: int | None = None,
     ) -> None:
         """Start with nothing to build."""
         self._server = server
         self._policy = policy
         self._max_batch_size = max_batch_size
         self._max_slots = max_slots
+        self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
+        self._regroup = Regroup(server)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
+        self._stale: set[str] = set()  # lanes with species that nobody is in
         self._is_closed = False
+        server.observe = self._regroup.observe
+        server.members.rebuild = self.request
 
     def lane_of(self, name: str) -> str:
         """Return the lane that a job belongs to."""
-        return "all" if self._policy is Policy.SPACE_TIME else name
+        return SHARED if self._policy is Policy.SPACE_TIME else name
 
     def request(self, lane: str) -> None:
         """Ask for a lane to be brought up to date."""
@@ -70,41 +90,74 @@ class Builder:
 
     def run(self) -> None:
         """Build what is asked for until closed: the builder thread."""
-        server = self._server
+        server, regroup = self._server, self._regroup
         while True:
             with server.lock:
-                while not self._pending and not self._is_closed:
-                    server.lock.wait()
-                if not self._pending:
+                while not (self._pending or self._is_closed or regroup.is_due()):
+                    server.lock.wait(regroup.wait_s())
+                lane = self._pending.pop(0) if self._pending else None
+                if lane is None and self._is_closed:
                     return
-                lane = self._pending.pop(0)
-            self._update(lane)
+            if lane is not None:
+                self._update(lane)
+                continue
+            moves = regroup.moves()
+            self._stale.update(moves[1:])  # what the first one is moved out of
+            for name in moves:
+                self.request(name)
 
     def _update(self, name: str) -> None:
         """Bring one lane up to date with its tenants."""
         self._server.faults.canary.prepare()  # does nothing if it is
         with self._server.lock:
-            tenants = [t for t in self._server.tenants.values() if t.lane == name]
-            new = [t for t in tenants if not t.is_placed]
+            tenants = [t for t in self._server.tenants.values() if t.wanted == name]
+            new = [t for t in tenants if t.lane != name or not t.is_placed]
+        if name == SHARED and self._send_home(new):
+            return self.request(name)
         alone = [t for t in new if t.job.name in self._one_at_a_time]
         if alone:  # they failed together: find out which of them
-            tenants = [t for t in tenants if t.is_placed or t is alone[0]]
+            tenants = [t for t in tenants if t not in new or t is alone[0]]
             new = alone[:1]
             self._one_at_a_time.discard(new[0].job.name)
             self.request(name)
         if not tenants:
-            return
+            self._stale.discard(name)
+            return None
         try:
-            lane = self._join_all(name, tenants, new) or self._rebuild(name, tenants)
+            lane = self._bring_up(name, tenants, new)
         except Exception as error:  # a compiler or a device may raise anything
             self._refuse(name, tenants, new, error)
         else:
-            self._complete(lane, tenants)
+            self._complete(lane)
+        return None
 
-    def _join_all(
+    def _send_home(self, new: Sequence[Tenant]) -> bool:
+        """Have new jobs of an evicted program join it; return whether there were."""
+        lanes = self._regroup.settle(list(new))
+        for lane in lanes:
+            self.request(lane)
+        return bool(lanes)
+
+    def _bring_up(
+        self, name: str, tenants: Sequence[Tenant], new: Sequence[Tenant]
+    ) -> Lane:
+        """Return the lane that serves the tenants now."""
+        lane = self._join(name, tenants, new)
+        if lane is not None:
+            new = [t for t in new if t.lane != name or not t.is_placed]
+            new = [t for t in new if not self._waits_for_slot(lane, t)]
+            if not new and name not in self._stale:
+                return lane
+        if name == SHARED and name in self._server.lanes:
+            self._serve_alone([t for t in new if not t.is_placed])
+        lane = self._rebuild(name, tenants)
+        self._stale.discard(name)
+        return lane
+
+    def _join(
         self, name: str, tenants: Sequence[Tenant], new: Sequence[Tenant]
     ) -> Lane | None:
-        """Give new jobs free slots of the running lane; None if it must be rebuilt."""
+        """Give new jobs free slots of the running lane, None if it must be rebuilt."""
         server = self._server
 
         def join() -> Lane | None:
@@ -113,47 +166,138 @@ class Builder:
                 return None
             joined = [t for t in new if _lane.join(lane, t.member)]
             with server.lock:
-                for tenant in joined:
-                    tenant.is_placed = True
-                server.scheduler.handle(_install(lane, keeps_ready=True))
-            return lane if len(joined) == len(new) else None
+                server.scheduler.handle(as_install(lane, keeps_ready=True))
+            server.members.arrive(lane, joined)
+            return lane
 
         return server.command(join).result()
 
-    def _rebuild(self, name: str, tenants: Sequence[Tenant]) -> Lane:
+    def _waits_for_slot(self, lane: Lane, tenant: Tenant) -> bool:
+        """Keep a job on the host if its lane cannot grow; return whether it is."""
+        residency = self._server.members.residency
+        if self._memory.limit_bytes is None or not residency.can_hold(lane, tenant):
+            return False
+        species = _lane.species_of(lane, tenant.member)
+        if self._memory.fits(bank_bytes(lane, doubled=species)):
+            return False
+        arrive = self._server.members.arrive
+        self._server.command(lambda: arrive(lane, [tenant])).result()
+        return tenant.is_placed
+
+    def _serve_alone(self, new: Sequence[Tenant]) -> None:
+        """Serve new jobs in small lanes, by program, until the shared one has them."""
+        of: dict[object, list[Tenant]] = {}
+        for tenant in new:
+            of.setdefault(program(tenant), []).append(tenant)
+        for tenants in of.values():
+            name = self._regroup.new_lane(tenants[0].job.name)
+            try:
+                self._rebuild(name, tenants, is_small=True)
+            except Exception as error:  # the shared lane may still take them
+                logging.info("stfuse: lane '%s' was not built: %s", name, error)
+            else:
+                with self._server.lock:
+                    for tenant in tenants:
+                        tenant.home = SHARED
+
+    def _rebuild(
+        self, name: str, tenants: Sequence[Tenant], *, is_small: bool = False
+    ) -> Lane:
         """Build a lane beside the running one, and let it serve instead."""
+        server, capacity = self._server, None
         while True:
-            members = [t.member for t in tenants]
-            cost = _cost.resolve("auto")
-            lane = _lane.build(name, members, self._server.device, cost=cost)
-            self._compile(lane, self._buckets(lane)[0])
-            if self._server.command(lambda: self._hand_over(lane, tenants)).result():  # noqa: B023
+            try:
+                lane = self._build(name, tenants, capacity, is_small=is_small)
+            except DoesNotFit:
+                capacity = _fewer(tenants, capacity)
+                if capacity is None:
+                    raise
+                continue
+            if name == SHARED and self._is_refused(lane, tenants):
+                return server.lanes[name]
+            steps = list(lane.steps)
+            if server.command(lambda: self._hand_over(lane, tenants, steps)).result():  # noqa: B023
                 return lane
 
-    def _hand_over(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
+    def _build(
+        self,
+        name: str,
+        tenants: Sequence[Tenant],
+        capacity: int | None,
+        *,
+        is_small: bool,
+    ) -> Lane:
+        """Return a lane that can serve all of its work, if not yet at full speed."""
+        if capacity is not None:  # those that need a slot first, first
+            tenants = sorted(
+                tenants,
+                key=lambda t: (not t.job.pinned, not t.outstanding, -t.last_request),
+            )
+        lane = _lane.build(
+            name,
+            [t.member for t in tenants],
+            self._server.device,
+            cost=_cost.resolve("auto"),
+            max_capacity=capacity,
+            admit=self._memory.check,
+        )
+        all_buckets = self._buckets(lane)
+        one_each = [
+            b
+            for b in all_buckets
+            if sum(b.slots) == 1 and b.rows == self._max_batch_size
+        ]
+        try:
+            for bucket in one_each if is_small else all_buckets[:1]:
+                self._compile(lane, bucket)
+        except DoesNotFit:
+            if is_small:
+                raise
+            for bucket in one_each:
+                self._compile(lane, bucket)
+        if self._policy is Policy.SPACE_TIME:
+            # A write of each program, so that none has to be compiled while serving.
+            for tenant in {program(t): t for t in tenants}.values():
+                _lane.write(lane, tenant.member)
+        return lane
+
+    def _is_refused(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
+        """Measure a lane that takes evicted jobs back; return whether it does not."""
+        if not self._regroup.is_trial():
+            return False
+        bucket = next(iter(lane.steps))
+        self._server.command(lambda: self._server.measure(lane, bucket)).result()
+        is_refused = self._regroup.is_refused(lane, list(tenants))
+        if is_refused:
+            self.request(SHARED)  # for new jobs that the trial was to take in too
+        return is_refused
+
+    def _hand_over(
+        self, lane: Lane, tenants: Sequence[Tenant], steps: Sequence[Bucket]
+    ) -> bool:
         """Let a built lane serve, on the device thread; False if it is out of date."""
         server = self._server
         for tenant in tenants:
             name, newest = tenant.job.name, tenant.member
             if server.tenants.get(name) is not tenant:
                 _lane.leave(lane, name)
-            elif lane.generations[name] != newest.generation:
+            elif lane.generations.get(name) != newest.generation:
                 if not _lane.write(lane, newest):
                     return False  # swapped to weights that end a leaf's sharing
-        first = next(iter(lane.steps))
-        ready = server.measure(lane, first)  # it must run before it may serve
+        readies = [server.measure(lane, bucket) for bucket in steps]
+        here = [t for t in tenants if server.tenants.get(t.job.name) is t]
         with server.lock:
             if lane.places:
                 server.lanes[lane.name] = lane
-            for tenant in tenants:
-                tenant.is_placed = tenant.job.name in lane.places
-            server.scheduler.handle(_install(lane))
-            server.scheduler.handle(ready)
+            server.scheduler.handle(as_install(lane))
+            for ready in readies:
+                server.scheduler.handle(ready)
+        server.members.arrive(lane, here)
         for tenant in tenants:
             _resolve_all(tenant.swaps)
         return True
 
-    def _complete(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
+    def _complete(self, lane: Lane) -> None:
         """Compile what a serving lane still lacks, then call its jobs ready."""
         server = self._server
         for bucket in self._buckets(lane):
@@ -170,7 +314,10 @@ class Builder:
                 logging.error(
                     "stfuse: lane '%s' lacks %s: %s", lane.name, bucket, error
                 )
-        _resolve_all([t.ready for t in tenants])
+        with server.lock:
+            here = [t for t in server.tenants.values() if t.lane == lane.name]
+            done = [t.ready for t in here if t.is_placed and t.home is None]
+        _resolve_all(done)
 
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._max_batch_size)
@@ -179,6 +326,7 @@ class Builder:
         step = _lane.compile_bucket(
             lane, bucket, self._server.device, cost=_cost.resolve("auto")
         )
+        self._memory.admit(lane, bucket, step)
         lane.steps[bucket] = step
 
     def _refuse(
@@ -188,34 +336,47 @@ class Builder:
         new: Sequence[Tenant],
         error: Exception,
     ) -> None:
-        """Refuse the jobs that a failed build was for."""
+        """Refuse the jobs that a failed build was for, if nothing else serves them."""
+        self._regroup.give_up()
+        self._stale.discard(name)
         for tenant in tenants:
             _resolve_all(tenant.swaps, _refusal("swap", tenant, error))
+        new = [t for t in new if t.lane != name or not t.is_placed]
         if len(new) > 1:
             self._one_at_a_time.update(t.job.name for t in new)
             self.request(name)
             return
         for tenant in new:
             logging.error("stfuse: job '%s' refused: %s", tenant.job.name, error)
-            self._server.refuse(tenant, _refusal("add", tenant, error))
+            if tenant.is_placed:  # its own lane goes on, and gets all its buckets
+                tenant.home = None
+                self.request(tenant.lane)
+            else:
+                refusal = _refusal("add", tenant, error)
+                self._server.members.refuse(tenant, refusal)
+
+
+def _fewer(tenants: Sequence[Tenant], capacity: int | None) -> int | None:
+    """Return half the slots, None if pinned jobs or those left need more."""
+    of: dict[object, list[bool]] = {}
+    for tenant in tenants:
+        of.setdefault(program(tenant), []).append(tenant.job.pinned)
+    most = capacity or next_power_of_two(max(map(len, of.values())))
+    fewer = most // 2
+    has_room = all(len(p) <= fewer or sum(p) < fewer for p in of.values())
+    return fewer if fewer and has_room else None
 
 
 def _refusal(call: str, tenant: Tenant, error: Exception) -> DeviceError:
     name = tenant.job.name
+    reason = f"its step could not be built: {type(error).__name__}: {error}"
+    if isinstance(error, DoesNotFit):
+        reason = str(error)
     refusal = DeviceError(
-        f"`stfuse.Engine.{call}`: job '{name}' was refused, its step could not be "
-        f"built: {type(error).__name__}: {error}",
-        jobs=(name,),
+        f"`stfuse.Engine.{call}`: job '{name}' was refused, {reason}", jobs=(name,)
     )
     refusal.__cause__ = error
     return refusal
-
-
-def _install(lane: Lane, *, keeps_ready: bool = False) -> Install:
-    members = {
-        name: tuple(s for s, _ in places) for name, places in lane.places.items()
-    }
-    return Install(lane.name, lane.capacities, members, keeps_ready)
 
 
 def _resolve_all(futures: list[Future[None]], error: StfuseError | None = None) -> None:

@@ -27,6 +27,24 @@ class JaxDevice:
         """What the device is called; part of a compiled step's signature."""
         return f"{self._device.platform}:{self._device.id}"
 
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """How much memory it has for JAX; None where it does not say, as a CPU."""
+        return (self._device.memory_stats() or {}).get("bytes_limit")
+
+    @property
+    def memory_used_bytes(self) -> int | None:
+        """How much of it is in use, whoever uses it; None where it does not say."""
+        return (self._device.memory_stats() or {}).get("bytes_in_use")
+
+    def put_on_host(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Keep arrays in the host's memory, where the device reads them fastest."""
+        kinds = {memory.kind for memory in self._device.addressable_memories()}
+        if self._device.platform == "cpu" or "pinned_host" not in kinds:
+            return tuple(leaves)
+        pinned = self._sharding.with_memory_kind("pinned_host")
+        return tuple(jax.device_put(tuple(leaves), pinned))
+
     def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
         """Compile ``step_fn`` ahead of time for this device.
 
@@ -42,7 +60,7 @@ class JaxDevice:
 
     def put(self, tree: Any) -> Any:
         """Copy arrays to the device, unless they are there."""
-        return jax.device_put(tree, self._device)
+        return jax.device_put(tree, self._sharding)
 
     def launch(
         self, compiled: Callable[..., Any], bank: Any, slots: Any, inputs: Any

@@ -60,6 +60,8 @@ class Engine:
         max_queue_bytes: most bytes of inputs that one job may have waiting; or None.
         max_total_rows: most rows that all jobs together may have waiting; or None.
         max_total_bytes: most bytes of inputs that all jobs together may have waiting.
+        max_device_bytes: most device memory to use; None for all there is. Tenants
+            beyond it live on the host while they have no requests.
         device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
             for JAX's default device.
         clock: returns seconds and never goes back.
@@ -88,6 +90,7 @@ class Engine:
         max_queue_bytes: int | None = None,
         max_total_rows: int | None = None,
         max_total_bytes: int | None = 1 << 30,
+        max_device_bytes: int | None = None,
         device: Any = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -115,10 +118,13 @@ class Engine:
         on: Device = device if is_own else JaxDevice(device)
         self._server = Server(scheduler, on, clock)
         self._builder = Builder(
-            self._server, chosen, max_batch_size=max_batch_size, max_slots=max_slots
+            self._server,
+            chosen,
+            max_batch_size=max_batch_size,
+            max_slots=max_slots,
+            max_device_bytes=max_device_bytes,
         )
         self._compiles_before = _cache.STEPS.num_compiles
-        self._server.rebuild = self._builder.request
         self._threads = _started(self._server, self._builder)
 
     def add(self, job: Job) -> Future[None]:
@@ -181,7 +187,7 @@ class Engine:
                 self._server.scheduler.handle(Leave(name))
             is_idle = not tenant.outstanding
         if is_idle:
-            self._server.depart(tenant)
+            self._server.members.depart(tenant)
         tenant.drained.result()
 
     def swap(self, name: str, params: Any) -> None:
@@ -291,20 +297,8 @@ class Engine:
 
     def stats(self) -> Snapshot:
         """Return what was served so far, and by whom."""
-        server, faults = self._server, self._server.faults
-        with server.lock:
-            tenants = dict(server.tenants)
-            queued = {n: len(server.scheduler.queued(n)) for n in tenants}
-            quarantine = {n: faults.quarantine.reason(n) for n in faults.quarantine}
-        return server.metrics.snapshot(  # without the lock: it may take a while
-            queued=queued,
-            generations={n: t.member.generation for n, t in tenants.items()},
-            lanes={n: t.lane if t.is_placed else None for n, t in tenants.items()},
-            compiles=_cache.STEPS.num_compiles - self._compiles_before,
-            quarantine=quarantine,
-            restarts=faults.num_restarts,
-            problem=faults.state.reason,
-        )
+        compiles = _cache.STEPS.num_compiles - self._compiles_before
+        return _supervise.snapshot(self._server, compiles)
 
     def health(self, *, timeout_s: float = 1.0) -> Health:
         """Have a row with a known answer computed, between two steps.

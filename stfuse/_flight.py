@@ -27,12 +27,16 @@ class Tenant:
         job: the job.
         member: its program and newest weights.
         lane: name of the lane that serves it, or will.
+        home: name of the lane that it is on its way to; None if it is there.
         ready: resolves when its lane runs at full speed.
         swaps: resolve when a lane holds ``member``'s weights.
         is_placed: whether a lane holds it.
+        is_on_host: whether its weights wait on the host for a slot of the lane.
         is_leaving: whether it takes no more requests.
         outstanding: requests not yet answered.
         drained: resolves when it left.
+        last_request: number of its newest request.
+        slot_since: grows with every slot that is given away.
         form: what its requests look like.
         outputs: structure of its answers; None for a single array.
     """
@@ -41,13 +45,22 @@ class Tenant:
     member: Member
     lane: str
     ready: Future[None] = field(default_factory=Future)
+    home: str | None = None
     swaps: list[Future[None]] = field(default_factory=list)
     is_placed: bool = False
+    is_on_host: bool = False
     is_leaving: bool = False
     outstanding: int = 0
     drained: Future[None] = field(default_factory=Future)
+    last_request: int = 0
+    slot_since: int = 0
     form: Form = field(init=False)
     outputs: Any = field(init=False)
+
+    @property
+    def wanted(self) -> str:
+        """Name of the lane that it belongs to, there already or not."""
+        return self.home or self.lane
 
     def __post_init__(self) -> None:
         """Work out once what every request would ask for."""
@@ -195,6 +208,41 @@ def only(batch: Batch, wanted: Iterable[int], requests: Mapping[int, Request]) -
         if (kept := tuple(n for n in c.requests if n in wanted))
     )
     return Batch(batch.lane, batch.bucket, chunks, batch.predicted_s)
+
+
+def is_served(batch: Batch, lane: Lane | None) -> bool:
+    """Return whether a lane can run a step that was meant for it some time ago."""
+    if lane is None or batch.bucket not in lane.steps:
+        return False
+    left = list(batch.bucket.slots)
+    for chunk in batch.chunks:
+        places = lane.places.get(chunk.tenant)
+        if places is None:
+            return False
+        left[places[chunk.length][0]] -= 1
+    return min(left) >= 0
+
+
+def rehomed(batch: Batch, lanes: Iterable[Lane]) -> list[Batch]:
+    """Return a step as one for each chunk, in lanes that serve its tenants now.
+
+    A step that is run again may find that they moved. Those that no lane serves are
+    left out.
+    """
+    found = []
+    for chunk in batch.chunks:
+        for lane in lanes:
+            places = lane.places.get(chunk.tenant)
+            if places is None:
+                continue
+            s, _ = places[chunk.length]
+            for bucket in lane.steps:
+                if bucket.slots[s] and bucket.rows >= chunk.rows:
+                    moved = replace(chunk, species=s)
+                    found.append(Batch(lane.name, bucket, (moved,), batch.predicted_s))
+                    break
+            break
+    return found
 
 
 def halves(batch: Batch, requests: Mapping[int, Request]) -> tuple[Batch, ...]:

@@ -44,6 +44,8 @@ class Job:
         slo_s: default deadline of a request, seconds from its submission.
         weight: share of the device among tenants without deadlines.
         batched: whether inputs and outputs have a row axis.
+        pinned: whether its weights stay on the device when there are more tenants than
+            device memory, and others' live on the host while they have no requests.
         pad_values: for requests of variable length. ``example`` is a list then, of two
             or more samples that differ in the size of some axes; a request is padded
             at the end of those axes to the smallest sample that holds it, with this
@@ -78,6 +80,7 @@ class Job:
     slo_s: float | None = None
     weight: float = 1.0
     batched: bool = True
+    pinned: bool = False
     pad_values: Any = field(default=None, repr=False)
     row: Any = field(init=False)
     outputs: Any = field(init=False)

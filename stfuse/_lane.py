@@ -14,7 +14,7 @@ from stfuse._align import align
 from stfuse._bank import Bank
 from stfuse._job import Job
 from stfuse._layout import Layout, lay_out
-from stfuse._plan import Plan, group
+from stfuse._plan import Plan, Species, group
 from stfuse._program import Trace
 from stfuse._stacked import LeafPlaces
 from stfuse._step import make_step
@@ -55,6 +55,8 @@ class Lane:
         places: species and slot of each job's programs, by name.
         generations: of the weights that each job's slots hold.
         steps: compiled steps by bucket.
+        step_s: what each took when it was first measured, seconds.
+        step_bytes: what each needs of the device beside the bank.
         buffers: free staging buffers by bucket.
         entries: where inputs are staged, by bucket.
         cuts: where outputs stand, by bucket and species.
@@ -68,6 +70,8 @@ class Lane:
     places: dict[str, tuple[tuple[int, int], ...]]
     generations: dict[str, int]
     steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
+    step_s: dict[Bucket, float] = field(default_factory=dict)
+    step_bytes: dict[Bucket, int] = field(default_factory=dict)
     buffers: dict[Bucket, list[Any]] = field(default_factory=dict)
     entries: dict[Bucket, Any] = field(default_factory=dict)
     cuts: dict[tuple[Bucket, int], LeafPlaces] = field(default_factory=dict)
@@ -78,12 +82,33 @@ class Lane:
         return tuple(one.trace for one in self.plan.species)
 
 
-def build(name: str, members: Sequence[Member], device: Device, *, cost: Cost) -> Lane:
-    """Plan who shares launches and pack the weights; nothing is compiled yet."""
+def build(
+    name: str,
+    members: Sequence[Member],
+    device: Device,
+    *,
+    cost: Cost,
+    max_capacity: int | None = None,
+    admit: Callable[[int], None] = lambda num_bytes: None,
+) -> Lane:
+    """Plan who shares launches and pack the weights; nothing is compiled yet.
+
+    Args:
+        name: the lane's.
+        members: its jobs; where slots are few, the first of them get one.
+        device: where the weights go.
+        cost: what the planner knows of it.
+        max_capacity: most slots of a species; None for as many as there are jobs.
+        admit: called with the bank's bytes before any of them is on the device; raises
+            if they do not fit.
+    """
     programs = [(m, length) for m in members for length in range(len(m.traces))]
     traces = [m.traces[length] for m, length in programs]
     species = group(traces)
-    capacities = tuple(_cache.next_power_of_two(len(one.members)) for one in species)
+    most = max_capacity or len(members)
+    capacities = tuple(
+        _cache.next_power_of_two(min(len(one.members), most)) for one in species
+    )
     columns = [
         [programs[i][0].leaves(programs[i][1]) for i in one.members] for one in species
     ]
@@ -100,26 +125,47 @@ def build(name: str, members: Sequence[Member], device: Device, *, cost: Cost) -
     )
     first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
     layout = lay_out(plan, bank_of, [capacities[s] for s in first], shares)
-    own = _brought([columns[s] for s in first], device)
-    places: dict[str, list[tuple[int, int]]] = {m.job.name: [] for m in members}
-    where = {
-        i: (s, k) for s, one in enumerate(species) for k, i in enumerate(one.members)
-    }
-    for i, (member, _) in enumerate(programs):
-        places[member.job.name].append(where[i])
+    own = [columns[s] for s in first]
+    admit(_bank.num_bytes(layout, own)[1])
+    places = _places(programs, species, capacities)
     return Lane(
         name=name,
         plan=plan,
         layout=layout,
         capacities=capacities,
-        bank=device.put(_bank.pack(layout, own)),
-        places={job: tuple(each) for job, each in places.items()},
-        generations={m.job.name: m.generation for m in members},
+        bank=device.put(_bank.pack(layout, _brought(own, layout.capacities, device))),
+        places=places,
+        generations={m.job.name: m.generation for m in members if m.job.name in places},
     )
 
 
-def _brought(columns: Sequence[Sequence[_bank.Leaves]], device: Device) -> list[Any]:
-    """Bring arrays that may live on other devices to this one."""
+def _places(
+    programs: Sequence[tuple[Member, int]],
+    species: Sequence[Species],
+    capacities: Sequence[int],
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return species and slot of each job's programs, for jobs that get their slots."""
+    where = {
+        i: (s, k)
+        for s, one in enumerate(species)
+        for k, i in enumerate(one.members)
+        if k < capacities[s]
+    }
+    found: dict[str, list[tuple[int, int]]] = {}
+    for i, (member, _) in enumerate(programs):
+        found.setdefault(member.job.name, []).extend([where[i]] if i in where else [])
+    lengths = {m.job.name: len(m.traces) for m, _ in programs}
+    return {
+        job: tuple(each) for job, each in found.items() if len(each) == lengths[job]
+    }
+
+
+def _brought(
+    columns: Sequence[Sequence[_bank.Leaves]],
+    capacities: Sequence[int],
+    device: Device,
+) -> list[Any]:
+    """Bring arrays that may live elsewhere to this device, for jobs that get a slot."""
     here: dict[int, Any] = {}  # by identity, which `pack` asks for
 
     def placed(leaf: Any) -> Any:
@@ -127,27 +173,53 @@ def _brought(columns: Sequence[Sequence[_bank.Leaves]], device: Device) -> list[
             here[id(leaf)] = device.put(leaf)
         return here.get(id(leaf), leaf)
 
-    return [[tuple(map(placed, leaves)) for leaves in column] for column in columns]
+    return [
+        [
+            tuple(map(placed, leaves)) if k < capacity else leaves
+            for k, leaves in enumerate(column)
+        ]
+        for column, capacity in zip(columns, capacities, strict=True)
+    ]
+
+
+def knows(lane: Lane, member: Member) -> bool:
+    """Return whether a job could have a slot of a lane, free or not, as it is."""
+    keys = [trace.key for trace in lane.traces]
+    if any(trace.key not in keys for trace in member.traces):
+        return False
+    banks = {
+        lane.layout.bank_of[keys.index(trace.key)]: length
+        for length, trace in enumerate(member.traces)
+    }
+    return all(
+        _bank.fits_shared(lane.layout, lane.bank, b, member.leaves(length))
+        for b, length in banks.items()
+    )
+
+
+def species_of(lane: Lane, member: Member) -> tuple[int, ...]:
+    """Return the species of a job's programs in a lane that knows it."""
+    keys = [trace.key for trace in lane.traces]
+    return tuple(keys.index(trace.key) for trace in member.traces)
 
 
 def join(lane: Lane, member: Member) -> bool:
     """Give a job a free slot, if the lane has one that needs no recompiling."""
-    keys = [trace.key for trace in lane.traces]
-    if any(trace.key not in keys for trace in member.traces):
+    if not knows(lane, member):
         return False
-    places = []
-    for trace in member.traces:
-        s = keys.index(trace.key)
-        taken = {slot for each in lane.places.values() for of, slot in each if of == s}
-        free = sorted(set(range(lane.capacities[s])) - taken)
-        places.append((s, free[0] if free else -1))
-    if any(slot < 0 for _, slot in places):
+    found = [(s, free_slot(lane, s)) for s in species_of(lane, member)]
+    places = tuple((s, slot) for s, slot in found if slot is not None)
+    if len(places) < len(found):
         return False
-    lane.places[member.job.name] = tuple(places)
-    if write(lane, member):
-        return True
-    del lane.places[member.job.name]
-    return False
+    lane.places[member.job.name] = places
+    _put(lane, member)
+    return True
+
+
+def free_slot(lane: Lane, species: int) -> int | None:
+    """Return the first slot of a species that no job has."""
+    taken = {k for each in lane.places.values() for s, k in each if s == species}
+    return min(set(range(lane.capacities[species])) - taken, default=None)
 
 
 def leave(lane: Lane, name: str) -> None:
@@ -162,22 +234,29 @@ def is_intact(lane: Lane) -> bool:
 
 
 def write(lane: Lane, member: Member) -> bool:
-    """Put a job's weights into its slots; False if that would change the layout."""
+    """Put a job's weights into its slots; False if that would change the layout.
+
+    A job without a slot has nothing to be written, and may get one later.
+    """
+    if not knows(lane, member):
+        return False
+    if member.job.name in lane.places:
+        _put(lane, member)
+    return True
+
+
+def _put(lane: Lane, member: Member) -> None:
     # Programs that share a bank hold the job in the same slot of it.
     places = {
         lane.layout.bank_of[s]: (slot, member.leaves(length))
         for length, (s, slot) in enumerate(lane.places[member.job.name])
     }
-    for b, (_, new) in places.items():
-        if not _bank.fits_shared(lane.layout, lane.bank, b, new):
-            return False
     for b, (slot, new) in places.items():
         # The new arrays go where the old ones are.
         where = lane.bank.stacks[0].sharding if lane.bank.stacks else None
         fresh = [jax.device_put(x, where) for x in new]
         lane.bank = _bank.write(lane.layout, lane.bank, b, slot, fresh, donate=True)
     lane.generations[member.job.name] = member.generation
-    return True
 
 
 def compile_bucket(

@@ -16,7 +16,7 @@ _PER_LOG = 1 / math.log(_RATIO)
 _FIRST_S = 1e-6
 _MOST_RECORDS = 1024  # unfolded ones
 _REJECTIONS = ("queue_full", "predicted_miss", "unavailable")
-_KINDS = ("rejected", *_REJECTIONS, "expired", "failed", "cancelled")
+_KINDS = ("rejected", *_REJECTIONS, "expired", "failed", "cancelled", "evictions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class TenantStats:
         queued: requests waiting now.
         generation: how often its weights were swapped.
         lane: the lane that serves it; None until it is ready.
+        evictions: how often it was moved to a lane of its own.
         quarantine: why its requests are refused; None if they are not.
         p50_s: median latency of an answer from submission, seconds.
         p99_s: its 99th percentile.
@@ -52,6 +53,7 @@ class TenantStats:
     unavailable: int = 0
     failed: int = 0
     cancelled: int = 0
+    evictions: int = 0
     queued: int = 0
     generation: int = 0
     lane: str | None = None
@@ -254,6 +256,13 @@ class Metrics:
             for kind in _KINDS:
                 self._counts.pop((tenant, kind), None)
             for key in [key for key in self._buckets if key[0] == tenant]:
+                del self._buckets[key]
+
+    def forget_lane(self, lane: str) -> None:
+        """Drop the buckets of a lane that ended."""
+        self._fold_all()
+        with self._folding:
+            for key in [key for key in self._buckets if key[0] == lane]:
                 del self._buckets[key]
 
     def snapshot(

@@ -11,26 +11,24 @@ Rules:
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from absl import logging
 from jax.profiler import StepTraceAnnotation
 
 from stfuse import _flight, _lane
 from stfuse._answers import settle
 from stfuse._books import Books
-from stfuse._cache import CostTable
 from stfuse._errors import ClosedError, DeadlineError, DeviceError, QueueFullError
 from stfuse._faults import Faults
-from stfuse._flight import Flight, Request, Tenant, only
+from stfuse._flight import Flight, Request, Tenant, is_served, only, rehomed
 from stfuse._inputs import Checked
 from stfuse._lane import Lane
+from stfuse._members import Members
 from stfuse._metrics import Metrics
 from stfuse._scheduler import Scheduler
 from stfuse._types import (
@@ -39,9 +37,8 @@ from stfuse._types import (
     Clock,
     Decision,
     Device,
-    Install,
-    Leave,
     Ready,
+    StepRecord,
     Submit,
 )
 
@@ -71,16 +68,25 @@ class Server:
         self.scheduler = scheduler
         self.device = device
         self.clock = clock
-        self.tenants: dict[str, Tenant] = {}
-        self.lanes: dict[str, Lane] = {}
         self.metrics = Metrics()
-        self.costs = CostTable()
-        self.books = Books(self.lock, scheduler, self.metrics, self.depart)
+        self.books = Books(
+            self.lock, scheduler, self.metrics, lambda t: self.members.depart(t)
+        )
         self._in_flight: deque[Flight] = deque()
         self.faults = Faults(
             self.lock, clock, device, self.books, self._in_flight, self.metrics
         )
-        self.rebuild: Callable[[str], None] = lambda lane: None
+        self.observe: Callable[[StepRecord], None] = lambda record: None
+        self.members = Members(
+            self.lock,
+            scheduler,
+            self.books,
+            self.metrics,
+            self.faults,
+            self.command,
+            device,
+        )
+        self.tenants, self.lanes = self.members.tenants, self.members.lanes
         self.is_closed = False
         self._is_stopping = self._is_stopped = False
         self._has_served = True  # a step, since the loop last began
@@ -90,7 +96,7 @@ class Server:
         self._read_s = 0.0
         self._thread: threading.Thread | None = None
         subscribe = getattr(clock, "subscribe", None)
-        self._is_clock_real = subscribe is None
+        self.is_clock_real = subscribe is None
         if subscribe is not None:
             subscribe(self.wake)
 
@@ -152,6 +158,9 @@ class Server:
                 self.metrics.count(name, "queue_full" if is_full else "predicted_miss")
                 raise
             future = self.books.open(number, tenant, inputs, now_s, until_s)
+            tenant.last_request = number
+            if tenant.is_on_host:
+                self.members.residency.want(tenant)
             if self._is_idle:
                 self._is_idle = False
                 self._work.notify()
@@ -199,7 +208,7 @@ class Server:
                 return work
             # A simulated clock wakes us itself whenever it moves.
             self._is_idle = True
-            self._work.wait(wait_s if self._is_clock_real else None)
+            self._work.wait(wait_s if self.is_clock_real else None)
             self._is_idle = False
 
     def _choose(self) -> tuple[_Work | None, float | None]:
@@ -214,9 +223,22 @@ class Server:
             return (None, wait_s) if wait_s else ((faults.probe, Future()), None)
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
             return None, None
-        self._decide_s = 0.0
-        if faults.retries:
-            return Decision(faults.retries.popleft()), None
+        return self._decide()
+
+    def _decide(self) -> tuple[_Work | None, float | None]:
+        """Return what to start now, or how long to wait; the lock is held."""
+        self._decide_s, retries = 0.0, self.faults.retries
+        if retries:
+            batch = retries.popleft()
+            if is_served(batch, self.lanes.get(batch.lane)):
+                return Decision(batch), None
+            return (partial(self._rehome, batch), Future()), None
+        residency = self.members.residency
+        move = residency.choose(self._num_launches, not self._in_flight)
+        if move is not None:
+            return (partial(residency.carry_out, move), Future()), None
+        if residency.needs_quiet:
+            return None, None
         now_s = self.clock()
         decision = self.scheduler.decide(now_s)
         if decision.batch or decision.expired:
@@ -230,7 +252,7 @@ class Server:
         names = [n for n, t in self.tenants.items() if not t.is_placed]
         if not any(map(self.scheduler.queued, names)):
             return None
-        return functools.partial(self.fail_all, ClosedError(CLOSED), names), Future()
+        return partial(self.fail_all, ClosedError(CLOSED), names), Future()
 
     def _run(self, run: Callable[[], Any], done: Future[Any]) -> None:
         """Carry out a command; its error is its caller's, unless it cost a lane."""
@@ -241,21 +263,8 @@ class Server:
         except Exception as error:
             for lane in list(self.lanes.values()):
                 if not _lane.is_intact(lane):
-                    self.lose_lane(lane)
+                    self.members.lose_lane(lane)
             settle(done, error)
-
-    def lose_lane(self, lane: Lane) -> None:
-        """Stop serving a lane whose weights are spoilt; have it built anew."""
-        logging.error("stfuse: lane '%s' lost its weights; it is built anew", lane.name)
-        with self.lock:
-            if self.lanes.get(lane.name) is not lane:
-                return
-            del self.lanes[lane.name]
-            for tenant in self.tenants.values():
-                if tenant.lane == lane.name:
-                    tenant.is_placed = False
-            self.scheduler.handle(Install(lane.name, (), {}))
-        self.rebuild(lane.name)
 
     def fail_all(self, error: Exception, names: Sequence[str] | None = None) -> None:
         """Give waiting requests (of some tenants) an error instead of an answer."""
@@ -266,6 +275,7 @@ class Server:
     def measure(self, lane: Lane, bucket: Bucket) -> Ready:
         """Run a compiled bucket on sample inputs; return its predicted times."""
         step_s = min(self._time_step(lane, bucket) for _ in range(3))
+        lane.step_s[bucket] = step_s
         return self._ready(lane, bucket, step_s)
 
     def start(self, lane: Lane, bucket: Bucket) -> None:
@@ -275,22 +285,10 @@ class Server:
             if self.lanes.get(lane.name) is lane:
                 self.scheduler.handle(ready)
 
-    def refuse(self, tenant: Tenant, error: Exception) -> None:
-        """Drop a tenant that cannot be served, and fail what it has waiting."""
-        name = tenant.job.name
-        with self.lock:
-            tenant.is_leaving = True
-            self.scheduler.handle(Leave(name))
-        if not tenant.ready.done():
-            tenant.ready.set_exception(error)
-        self.fail_all(error, [name])
-        if not tenant.outstanding:
-            self.depart(tenant)
-
     def _ready(self, lane: Lane, bucket: Bucket, step_s: float) -> Ready:
         """Return what a bucket is predicted to take, now that it took so long."""
-        times = self.costs.record((lane.name, lane.capacities, bucket), step_s)
-        return Ready(lane.name, bucket, *times)
+        key = (lane.name, lane.capacities, bucket)
+        return Ready(lane.name, bucket, *self.members.costs.record(key, step_s))
 
     def _time_step(self, lane: Lane, bucket: Bucket) -> float:
         slots, inputs = _lane.sample(lane, bucket)
@@ -308,10 +306,6 @@ class Server:
             batch = only(batch, requests, requests)
             if not requests:
                 return  # all of them were cancelled
-        if batch.lane not in self.lanes:  # a retry, in a lane that was lost meanwhile
-            lost = DeviceError(f"lane '{batch.lane}' was lost while a step ran in it")
-            self.books.finish([(number, lost) for number in requests], "failed")
-            return
         try:
             flight = self._start(batch, requests, begun_s)
         except Exception as error:  # whatever a device raises is an outcome per job
@@ -319,13 +313,19 @@ class Server:
         else:
             self._in_flight.append(flight)
 
+    def _rehome(self, batch: Batch) -> None:
+        """Run a step where its tenants are now; fail what no lane serves."""
+        moved = rehomed(batch, list(self.lanes.values()))
+        self.faults.retries.extendleft(moved)
+        found = {n for b in moved for c in b.chunks for n in c.requests}
+        lost = DeviceError(f"lane '{batch.lane}' was lost while a step ran in it")
+        numbers = [n for c in batch.chunks for n in c.requests if n not in found]
+        self.books.finish([(number, lost) for number in numbers], "failed")
+
     def _start(
         self, batch: Batch, requests: dict[int, Request], begun_s: float
     ) -> Flight:
         lane, bucket = self.lanes[batch.lane], batch.bucket
-        if bucket not in lane.steps and len(batch.chunks) == 1:
-            bucket = next(iter(lane.steps))  # a retry, in a lane rebuilt meanwhile
-            batch = replace(batch, bucket=bucket)
         leaves_of = {number: r.leaves for number, r in requests.items()}
         slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
@@ -361,36 +361,10 @@ class Server:
             if self.lanes.get(lane.name) is lane:
                 self.scheduler.handle(ready)
             self.metrics.record(record)
+            self.observe(record)
             ended = self.books.close(answers)
         self._has_served = True
         if self.faults.quarantine:
             self.faults.answered(batch)
         self.books.resolve(ended)
         self.metrics.add_host(*flight.host_s, self.clock() - now_s, fold_s)
-
-    def depart(self, tenant: Tenant) -> None:
-        """Free the slot of a tenant that has no requests left."""
-
-        def free() -> None:
-            if tenant.drained.done():
-                return  # by now its name may be another's
-            name, lane = tenant.job.name, self.lanes.get(tenant.lane)
-            if lane is not None and tenant.is_placed:
-                _lane.leave(lane, name)
-                if not lane.places:
-                    del self.lanes[tenant.lane]
-                    self.costs.forget(tenant.lane)
-                    with self.lock:
-                        self.scheduler.handle(Install(tenant.lane, (), {}))
-            with self.lock:
-                self.tenants.pop(name, None)
-                self.metrics.forget(name)
-                self.faults.quarantine.release(name)
-            closed = ClosedError(f"job '{name}' was removed")
-            for waiting in (tenant.ready, *tenant.swaps):
-                if not waiting.done():
-                    waiting.set_exception(closed)
-            logging.info("stfuse: job '%s' left", name)
-            tenant.drained.set_result(None)
-
-        self.command(free)

@@ -17,6 +17,7 @@ from stfuse._answers import settle
 from stfuse._builder import Builder
 from stfuse._errors import ClosedError, DeviceError
 from stfuse._health import Health
+from stfuse._metrics import Snapshot
 from stfuse._server import CLOSED, Server
 
 _GRACE_S = 1.0  # for threads to end once nothing is left for them to do
@@ -70,7 +71,7 @@ def build(server: Server, builder: Builder) -> None:
                 if not builder.is_pending(tenant.lane):
                     name = tenant.job.name
                     text = f"job '{name}' was refused: {reason}"
-                    server.refuse(tenant, DeviceError(text, jobs=(name,)))
+                    server.members.refuse(tenant, DeviceError(text, jobs=(name,)))
 
 
 def end(
@@ -113,3 +114,21 @@ def end(
 def _join(thread: threading.Thread, until_s: float | None) -> None:
     left_s = None if until_s is None else max(until_s - time.monotonic(), _GRACE_S)
     thread.join(left_s)
+
+
+def snapshot(server: Server, compiles: int) -> Snapshot:
+    """Return what an engine served so far, and by whom."""
+    faults = server.faults
+    with server.lock:
+        tenants = dict(server.tenants)
+        queued = {n: len(server.scheduler.queued(n)) for n in tenants}
+        quarantine = {n: faults.quarantine.reason(n) for n in faults.quarantine}
+    return server.metrics.snapshot(  # without the lock: it may take a while
+        queued=queued,
+        generations={n: t.member.generation for n, t in tenants.items()},
+        lanes={n: t.lane if t.is_placed else None for n, t in tenants.items()},
+        compiles=compiles,
+        quarantine=quarantine,
+        restarts=faults.num_restarts,
+        problem=faults.state.reason,
+    )

@@ -49,7 +49,7 @@ def write_weights(
             return None
     except Exception as error:
         _restore(tenant, old)
-        server.lose_lane(lane)  # some may be written, or the old ones gone
+        server.members.lose_lane(lane)  # some may be written, or the old ones gone
         raise DeviceError(
             f"`stfuse.Engine.swap`: job '{name}': the new weights could not be "
             f"written: {type(error).__name__}: {error}. The old ones stay.",

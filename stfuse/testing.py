@@ -101,6 +101,7 @@ class FakeDevice:
         step_s: seconds of a step, or a function of its input buffers.
         computes: if not, every answer is zeros, at no cost: to time the host alone.
             Its canary is wrong then, so that it has no health and no fault to find.
+        memory_limit_bytes: how much it says that it has; None for no limit.
 
     Attributes:
         num_compiles: steps compiled.
@@ -117,8 +118,10 @@ class FakeDevice:
         *,
         step_s: float | Callable[[Any], float] = 0.001,
         computes: bool = True,
+        memory_limit_bytes: int | None = None,
     ) -> None:
         """Start healthy."""
+        self.memory_limit_bytes = memory_limit_bytes
         self._computes = computes
         self.name = f"fake:{next(_NUMBERS)}"  # shares no compiled step with another
         self._real = JaxDevice()

@@ -59,7 +59,7 @@ def test_requests_in_flight_when_a_lane_is_lost_all_end():
         futures += [engine.submit(name, ROW) for name in "ab" * 4]
         server = engine._server
         lane = server.lanes["all"]
-        lost = server.command(lambda: server.lose_lane(lane))
+        lost = server.command(lambda: server.members.lose_lane(lane))
         device.release()
         lost.result(60)
         for future in futures:
@@ -70,8 +70,8 @@ def test_requests_in_flight_when_a_lane_is_lost_all_end():
 def test_closing_ends_requests_whose_lane_nobody_builds_any_more():
     engine = serve(affine_job("a"))
     server = engine._server
-    server.rebuild = lambda lane: None
-    server.command(lambda: server.lose_lane(server.lanes["all"])).result(60)
+    server.members.rebuild = lambda lane: None
+    server.command(lambda: server.members.lose_lane(server.lanes["all"])).result(60)
     future = engine.submit("a", ROW)
     engine.close()
     assert isinstance(future.exception(0), stfuse.ClosedError)

@@ -14,7 +14,7 @@ import stfuse.testing
 
 FILES = sorted(p.stem for p in pathlib.Path(stfuse.__file__).parent.glob("*.py"))
 CONTRACT = {
-    "Job": "name apply_fn params example slo_s weight batched pad_values",
+    "Job": "name apply_fn params example slo_s weight batched pinned pad_values",
     "Job.from_linen": "name module variables example apply_kwargs",
     "Job.from_nnx": "name model example",
     "fuse": "jobs max_waste lowering cost",
@@ -25,7 +25,8 @@ CONTRACT = {
     "Fused.step": "self bank stacked",
     "Fused.split": "self stacked",
     "Engine": "policy max_batch_size max_slots max_queue_delay_s max_queue_size "
-    "max_queue_rows max_queue_bytes max_total_rows max_total_bytes device clock",
+    "max_queue_rows max_queue_bytes max_total_rows max_total_bytes max_device_bytes "
+    "device clock",
     "Engine.add": "self job",
     "Engine.remove": "self name",
     "Engine.swap": "self name params",

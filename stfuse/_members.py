@@ -1,0 +1,167 @@
+"""Who is in the engine, and in which lane; what becomes of those that leave.
+
+What changes a lane runs on the device thread, between two steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from absl import logging
+
+from stfuse import _lane
+from stfuse._books import Books
+from stfuse._cache import CostTable
+from stfuse._errors import ClosedError
+from stfuse._faults import Faults
+from stfuse._flight import Tenant
+from stfuse._lane import Lane
+from stfuse._metrics import Metrics
+from stfuse._residency import Residency, as_install
+from stfuse._scheduler import Scheduler
+from stfuse._types import Device, Install, Leave
+
+SHARED = "all"  # the lane of all jobs that fuse
+
+
+class Members:
+    """Tenants and lanes by name.
+
+    Args:
+        lock: the engine's.
+        scheduler: serves them.
+        books: their requests.
+        metrics: their counts.
+        faults: their quarantine.
+        command: has something done on the device thread.
+        device: where they are served.
+
+    Attributes:
+        costs: measured step times of every lane.
+        residency: who waits for a slot.
+        rebuild: has a lane built anew; the builder's.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Condition,
+        scheduler: Scheduler,
+        books: Books,
+        metrics: Metrics,
+        faults: Faults,
+        command: Callable[[Callable[[], Any]], Future[Any]],
+        device: Device,
+    ) -> None:
+        """Start with nobody."""
+        self.tenants: dict[str, Tenant] = {}
+        self.lanes: dict[str, Lane] = {}
+        self.costs = CostTable()
+        self.rebuild: Callable[[str], None] = lambda lane: None
+        self.residency = Residency(
+            lock,
+            scheduler,
+            device,
+            self.tenants,
+            self.lanes,
+            lambda lane: self.rebuild(lane),
+        )
+        self._lock = lock
+        self._scheduler = scheduler
+        self._books = books
+        self._metrics = metrics
+        self._faults = faults
+        self._command = command
+
+    def lose_lane(self, lane: Lane) -> None:
+        """Stop serving a lane whose weights are spoilt; have it built anew."""
+        logging.error("stfuse: lane '%s' lost its weights; it is built anew", lane.name)
+        with self._lock:
+            if self.lanes.get(lane.name) is not lane:
+                return
+            del self.lanes[lane.name]
+            for tenant in self.tenants.values():
+                if tenant.lane == lane.name:
+                    tenant.is_placed = tenant.is_on_host = False
+            self._scheduler.handle(Install(lane.name, (), {}))
+        self.rebuild(lane.name)
+
+    def refuse(self, tenant: Tenant, error: Exception) -> None:
+        """Drop a tenant that cannot be served, and fail what it has waiting."""
+        name = tenant.job.name
+        with self._lock:
+            tenant.is_leaving = True
+            self._scheduler.handle(Leave(name))
+        if not tenant.ready.done():
+            tenant.ready.set_exception(error)
+        self._books.fail_queued(error, [name])
+        if not tenant.outstanding:
+            self.depart(tenant)
+
+    def arrive(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
+        """Let a lane be that of some tenants, on the device thread.
+
+        Those without a slot of it wait on the host. What served them before is free.
+        """
+        left = []
+        for tenant in tenants:
+            old = self.lanes.get(tenant.lane) if tenant.is_placed else None
+            has_slot = tenant.job.name in lane.places
+            if old is not None and old.name != lane.name:
+                left.append((old, tenant.job.name))
+            if not has_slot:
+                self.residency.to_host(tenant)
+            with self._lock:
+                tenant.lane, tenant.home = lane.name, None
+                tenant.is_placed, tenant.is_on_host = True, not has_slot
+                if tenant.job.pinned or tenant.outstanding:
+                    self.residency.want(tenant)
+        for old, name in left:
+            self.vacate(old, name)
+
+    def vacate(self, lane: Lane, name: str) -> None:
+        """Free a job's slots on the device thread; a lane ends with its last job."""
+        _lane.leave(lane, name)
+        if self.lanes.get(lane.name) is not lane:
+            return
+        with self._lock:
+            hosts = [
+                t
+                for t in self.tenants.values()
+                if t.lane == lane.name and t.is_on_host and t.job.name != name
+            ]
+            for tenant in hosts if not lane.places else ():
+                self.residency.want(tenant)
+            if lane.places:
+                self._scheduler.handle(as_install(lane, keeps_ready=True))
+            elif not hosts:
+                del self.lanes[lane.name]
+                self._scheduler.handle(Install(lane.name, (), {}))
+        if lane.name not in self.lanes:
+            self.costs.forget(lane.name)
+            if lane.name != SHARED:
+                self._metrics.forget_lane(lane.name)
+
+    def depart(self, tenant: Tenant) -> None:
+        """Free the slot of a tenant that has no requests left."""
+
+        def free() -> None:
+            if tenant.drained.done():
+                return  # by now its name may be another's
+            name, lane = tenant.job.name, self.lanes.get(tenant.lane)
+            if lane is not None and tenant.is_placed:
+                self.vacate(lane, name)
+            with self._lock:
+                self.tenants.pop(name, None)
+                self._metrics.forget(name)
+                self._faults.quarantine.release(name)
+            closed = ClosedError(f"job '{name}' was removed")
+            for waiting in (tenant.ready, *tenant.swaps):
+                if not waiting.done():
+                    waiting.set_exception(closed)
+            logging.info("stfuse: job '%s' left", name)
+            tenant.drained.set_result(None)
+
+        self._command(free)
