@@ -1,7 +1,6 @@
 """What the engine does when a deadline, a device, or a caller lets it down."""
 
 import asyncio
-import threading
 
 import jax
 import numpy as np
