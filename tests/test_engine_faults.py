@@ -94,17 +94,6 @@ def test_asyncio_callers_are_served_and_may_give_up():
         wait_for(lambda: engine.stats().queued == 0)
 
 
-def test_a_lost_device_ends_every_request_and_the_engine_still_closes():
-    device = FakeDevice()
-    engine = serve(affine_job("a"), affine_job("b"), device=device)
-    device.launch_error = lambda inputs: RuntimeError("device lost")
-    futures = [engine.submit(name, ROW) for name in "abab"]
-    for future in futures:
-        with pytest.raises(stfuse.DeviceError, match="device lost"):
-            future.result(60)
-    engine.close()
-
-
 def test_a_job_that_does_not_compile_is_refused_and_the_others_go_on():
     device = FakeDevice()
     with serve(affine_job("a"), device=device) as engine:

@@ -1,7 +1,9 @@
 """FAILURES rows 12, 13, 14 and 20: swaps, spoilt banks, a lost device, leaks."""
 
+import gc
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -211,3 +213,111 @@ def test_failure_13_a_step_that_fails_gave_nothing_away():
 
 def _raise(error):
     raise error
+
+
+def lost(*_):
+    raise RuntimeError("device lost")
+
+
+def lose(device, how):
+    if how == "launch":
+        device.launch_error = lost
+    elif how == "read":
+        device.read_error = RuntimeError("device lost")
+    else:
+        device.corrupt = lost
+
+
+@pytest.mark.parametrize("how", ["launch", "read", "answer"])
+def test_failure_14_a_device_lost_for_ever_ends_every_future(how, seed):
+    """It is lost at some time under load; nothing hangs, and no thread is left."""
+    rng, threads = np.random.default_rng(seed), threading.active_count()
+    device = FakeDevice()
+    engine = serve(*three(), device=device)
+    futures, lost_after = [], rng.integers(1, 200)
+
+    def call(name):
+        refused = 0
+        while refused < 20:
+            try:
+                futures.append(engine.submit(name, ROW))
+            except (stfuse.DeviceError, stfuse.QueueFullError):
+                refused += 1
+
+    def change():
+        wait_for(lambda: engine.stats().problem)
+        ready = engine.add(affine_job("d", width=2))
+        engine.swap("a", affine_job("x").params)
+        engine.remove("b")
+        assert isinstance(ready.exception(60), stfuse.DeviceError)
+
+    calls = Calls([*(lambda n=n: call(n) for n in "abc"), change])
+    wait_for(lambda: len(futures) >= lost_after)
+    lose(device, how)
+    calls.join()
+    outcomes = [future.exception(60) for future in futures]
+    failed = [error for error in outcomes if error is not None]
+    assert failed and all(isinstance(e, stfuse.DeviceError) for e in failed)
+    health = engine.health(timeout_s=60)
+    assert not health.is_healthy and "device lost" in health.reason
+    assert_idle(engine)
+    engine.close()
+    assert threading.active_count() == threads
+
+
+def test_failure_14_a_device_that_never_answers_is_no_health_and_closes_in_time():
+    device, threads = FakeDevice(), threading.active_count()
+    engine = serve(*three(), device=device)
+    futures = [busy_with(engine, device, "a"), engine.submit("b", ROW)]
+    assert not engine.health(timeout_s=0.01).is_healthy
+    engine.close(timeout_s=0.01)
+    for future in futures:
+        assert isinstance(future.exception(0), stfuse.ClosedError)
+    device.release()  # only so that the thread it holds may end, too
+    wait_for(lambda: threading.active_count() == threads)
+
+
+def test_failure_20_a_thousand_lives_of_a_tenant_leave_nothing_behind(seed):
+    """Add, serve, swap, remove: every life under a name of its own."""
+    rng = np.random.default_rng(seed)
+
+    def live(number):
+        name, scale = f"t{number}", float(rng.integers(2, 99))
+        x = rng.integers(-9, 9, (rng.integers(1, 5), 3)).astype(np.float32)
+        engine.add(affine_job(name, scale=scale))
+        future = engine.submit(name, x)
+        np.testing.assert_array_equal(future.result(60), scale * x + 1)
+        engine.swap(name, affine_job(name, scale=scale + 1).params)
+        np.testing.assert_array_equal(engine.infer(name, x), (scale + 1) * x + 1)
+        engine.submit("stays", x)
+        engine.submit(name, x).cancel()
+        engine.remove(name)
+
+    def held():
+        wait_for(lambda: engine.infer("stays", ROW) is not None and is_idle(engine))
+        gc.collect()
+        lane = engine._server.lanes["all"]
+        return {
+            "threads": threading.active_count(),
+            "arrays": len(jax.live_arrays()),
+            "array bytes": sum(x.nbytes for x in jax.live_arrays()),
+            "tenants": len(engine._server.tenants),
+            "places": len(lane.places),
+            "generations": len(lane.generations),
+            "queued": engine.stats().queued,
+        }, len(gc.get_objects())
+
+    with serve(affine_job("stays"), device=FakeDevice()) as engine:
+        for number in range(20):
+            live(number)
+        before, num_objects = held()
+        for number in range(20, 1020):
+            live(number)
+        after, num_objects_after = held()
+        assert after == before
+        assert num_objects_after < num_objects + 1000  # not one for each life
+        assert_idle(engine)
+
+
+def is_idle(engine):
+    return not engine._server.books._requests and not engine._builder._pending
