@@ -28,11 +28,29 @@ hypothesis.settings.load_profile("default")
 def pytest_addoption(parser):
     text = "draw 400 examples where the normal suite draws 25, at random"
     parser.addoption("--slow", action="store_true", help=text)
+    text = "first seed of the tests that take one; their names say which they ran with"
+    parser.addoption("--seed-offset", type=int, default=0, help=text)
+    text = "run the tests that take a seed so many times, each with another one"
+    parser.addoption("--runs", type=int, default=1, help=text)
 
 
 def pytest_configure(config):
     if config.getoption("--slow"):
         hypothesis.settings.load_profile("slow")
+
+
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        first, runs = (metafunc.config.getoption(x) for x in ("seed_offset", "runs"))
+        seeds = range(first, first + runs)
+        metafunc.parametrize("seed", seeds, ids=lambda seed: f"seed={seed}")
+
+
+@pytest.fixture
+def machine_settings(request):
+    """How long a state machine runs: 2,000 examples with ``--slow``."""
+    num_examples = 2000 if request.config.getoption("--slow") else 20
+    return hypothesis.settings(max_examples=num_examples, stateful_step_count=40)
 
 
 @pytest.fixture

@@ -33,3 +33,14 @@ def busy_with(engine, device, name):
     future = engine.submit(name, ROW)
     wait_for(lambda: device.num_launches > before)
     return future
+
+
+def assert_idle(engine):
+    """Check that nothing is queued, in flight, to be retried, or still on the books."""
+    server = engine._server
+    with server.lock:
+        assert not server.scheduler.num_queued
+        assert not server.books._requests
+        assert not server._in_flight and not server.faults.retries
+        assert not any(t.outstanding for t in server.tenants.values())
+    assert engine.stats().queued == 0

@@ -227,7 +227,7 @@ def test_wrong_additions_and_swaps_say_what_is_wrong(engine):
 
 
 @pytest.mark.parametrize("what", WRONG_REQUESTS)
-def test_a_wrong_request_says_what_is_wrong(engine, what):
+def test_failure_04_a_wrong_request_says_what_is_wrong(engine, what):
     name, inputs, options, error, text = WRONG_REQUESTS[what]
     with pytest.raises(error, match=text) as caught:
         engine.submit(name, inputs, **options)

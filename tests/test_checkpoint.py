@@ -103,14 +103,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_refused(folder, damage):
+def test_failure_21_a_damaged_file_is_refused(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(ValueError, match="model.safetensors.*never read"):
         checkpoint.read_tensors(folder, SHAPES)
 
 
-def test_a_flipped_bit_of_any_byte_of_the_header_is_seen(folder):
+def test_failure_21_a_flipped_bit_of_any_byte_of_the_header_is_seen(folder):
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     for place in range(len(content) - len(split(path)[1])):
@@ -136,7 +136,7 @@ def test_a_flipped_bit_of_any_byte_of_the_header_is_seen(folder):
     ],
     ids=str,
 )
-def test_a_header_that_does_not_fit_the_file_is_refused(folder, change):
+def test_failure_21_a_header_that_does_not_fit_the_file_is_refused(folder, change):
     path = folder / "model.safetensors"
     header, rest = split(path)
     header["a.weight"] |= change
@@ -145,7 +145,7 @@ def test_a_header_that_does_not_fit_the_file_is_refused(folder, change):
         checkpoint.read_tensors(folder, SHAPES)
 
 
-def test_a_sparse_file_takes_no_memory_to_refuse(folder):
+def test_failure_21_a_sparse_file_takes_no_memory_to_refuse(folder):
     path = folder / "model.safetensors"
     with path.open("r+b") as file:
         file.truncate(1 << 40)

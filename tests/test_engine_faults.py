@@ -1,7 +1,6 @@
 """What the engine does when a deadline, a device, or a caller lets it down."""
 
 import asyncio
-import threading
 
 import jax
 import numpy as np
@@ -10,58 +9,6 @@ import pytest
 import stfuse
 from stfuse.testing import FakeDevice, ManualClock, affine_job
 from tests.serving import ROW, busy_with, serve, wait_for
-
-
-def test_closing_answers_what_is_queued():
-    device = FakeDevice()
-    engine = serve(affine_job("a"), device=device)
-    futures = [busy_with(engine, device, "a")]
-    futures += [engine.submit("a", ROW) for _ in range(20)]
-    device.release()
-    engine.close()
-    for future in futures:
-        np.testing.assert_array_equal(future.result(0), ROW * 3)
-    engine.close()
-
-
-def test_closing_without_draining_fails_what_is_queued():
-    device = FakeDevice()
-    engine = serve(affine_job("a"), device=device)
-    running = busy_with(engine, device, "a")
-    waiting = [engine.submit("a", ROW) for _ in range(9)]
-    closer = threading.Thread(target=engine.close, kwargs={"drain": False})
-    closer.start()
-    wait_for(lambda: all(f.done() for f in waiting))
-    device.release()
-    closer.join(60)
-    assert not closer.is_alive()
-    np.testing.assert_array_equal(running.result(0), ROW * 3)
-    assert all(isinstance(f.exception(0), stfuse.ClosedError) for f in waiting)
-
-
-def test_a_closed_engine_says_so_and_leaves_no_thread():
-    before = threading.active_count()
-    engine = serve(affine_job("a"))
-    engine.close()
-    assert threading.active_count() == before
-    for call in (
-        lambda: engine.submit("a", ROW),
-        lambda: engine.infer("a", ROW),
-        lambda: engine.add(affine_job("b")),
-        lambda: engine.swap("a", affine_job("a").params),
-        lambda: engine.remove("a"),
-    ):
-        with pytest.raises(stfuse.ClosedError, match="closed"):
-            call()
-
-
-def test_closing_while_a_lane_is_built_ends_every_future():
-    engine = stfuse.Engine()
-    ready = engine.add(affine_job("a"))
-    future = engine.submit("a", ROW)
-    engine.close()
-    np.testing.assert_array_equal(future.result(0), ROW * 3)
-    assert ready.done()
 
 
 def test_an_expired_request_never_starts():
@@ -110,25 +57,6 @@ def test_a_clock_that_jumps_breaks_nothing(by_s):
         assert engine.stats().tenants["a"].p50_s >= 0
 
 
-def test_a_cancelled_request_frees_its_place():
-    device = FakeDevice()
-    with serve(affine_job("a"), device=device, max_queue_size=2) as engine:
-        running = busy_with(engine, device, "a")
-        queued = [engine.submit("a", ROW) for _ in range(2)]
-        with pytest.raises(stfuse.QueueFullError):
-            engine.submit("a", ROW)
-        assert queued[0].cancel()
-        assert not running.cancel()  # it is on the device already
-        again = engine.submit("a", ROW)
-        device.release()
-        for future in (running, queued[1], again):
-            np.testing.assert_array_equal(future.result(60), ROW * 3)
-        stats = engine.stats()
-        assert stats.tenants["a"].cancelled == 1
-        assert stats.tenants["a"].rejected == 1
-        assert stats.queued == 0
-
-
 def test_infer_gives_up_in_time():
     device = FakeDevice()
     with serve(affine_job("a"), device=device) as engine:
@@ -164,44 +92,6 @@ def test_asyncio_callers_are_served_and_may_give_up():
     with serve(affine_job("a"), device=device) as engine:
         np.testing.assert_array_equal(asyncio.run(main(engine)), ROW * 3)
         wait_for(lambda: engine.stats().queued == 0)
-
-
-def test_one_request_that_breaks_the_step_fails_alone():
-    device = FakeDevice()
-    jobs = [affine_job(f"j{i}") for i in range(4)]
-
-    def breaks(inputs):
-        found = any((leaf == 666).any() for leaf in jax.tree.leaves(inputs))
-        return ValueError("boom") if found else None
-
-    with serve(*jobs, device=device) as engine:
-        device.launch_error = breaks
-        running = busy_with(engine, device, "j0")
-        futures = {
-            (i, k): engine.submit(f"j{i}", ROW * (666 if (i, k) == (2, 1) else 1))
-            for i in range(4)
-            for k in range(3)
-        }
-        device.release()
-        running.result(60)
-        for place, future in futures.items():
-            if place == (2, 1):
-                with pytest.raises(stfuse.DeviceError, match=r"job 'j2'.*boom"):
-                    future.result(60)
-            else:
-                np.testing.assert_array_equal(future.result(60), ROW * 3)
-        assert engine.stats().tenants["j2"].failed == 1
-
-
-def test_a_lost_device_ends_every_request_and_the_engine_still_closes():
-    device = FakeDevice()
-    engine = serve(affine_job("a"), affine_job("b"), device=device)
-    device.launch_error = lambda inputs: RuntimeError("device lost")
-    futures = [engine.submit(name, ROW) for name in "abab"]
-    for future in futures:
-        with pytest.raises(stfuse.DeviceError, match="device lost"):
-            future.result(60)
-    engine.close()
 
 
 def test_a_job_that_does_not_compile_is_refused_and_the_others_go_on():
