@@ -91,6 +91,7 @@ class Queues:
         self._heads: list[float] = []  # finite deadlines of first requests, sorted
         self._parked: dict[str | None, list[Tenant]] = {}
         self._num_stamps = 0
+        self._step_s = 0.0  # of the last step
         self._virtual_s = 0.0  # service of who was served last: idling earns no credit
 
     def __len__(self) -> int:
@@ -153,6 +154,8 @@ class Queues:
     def charge(self, tenants: Iterable[Tenant], costs_s: Iterable[float]) -> None:
         """Add what tenants of one step cost to their service, before they leave it."""
         tenants = list(tenants)
+        costs_s = list(costs_s)
+        self._step_s = sum(costs_s)
         least_s = min(tenant.service_s for tenant in tenants)
         self._virtual_s = max(self._virtual_s, least_s)
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
@@ -167,7 +170,7 @@ class Queues:
         deadline_s, request, *_ = tenant.queue[0]
         if self._is_round_robin:
             key, heap = (tenant.turn, request), self._patient
-        elif math.isinf(deadline_s):
+        elif math.isinf(deadline_s) or self._is_ahead(tenant):
             key, heap = (tenant.service_s, request), self._patient
         else:
             key, heap = (deadline_s, tenant.service_s, request), self._urgent
@@ -175,6 +178,13 @@ class Queues:
         if len(heap) > 8 * len(self.waiting) + 64:  # many changes, few decisions
             heap[:] = [e for e in heap if e[2].stamp == e[1] and not e[2].is_parked]
             heapq.heapify(heap)
+
+    def _is_ahead(self, tenant: Tenant) -> bool:
+        """Return whether a tenant had more than its share: a step more than others.
+
+        Its deadlines do not put it before those who had less.
+        """
+        return tenant.service_s > self._virtual_s + self._step_s
 
     def park(self, tenant: Tenant) -> None:
         """Set a tenant aside until its lane has something new for it."""
