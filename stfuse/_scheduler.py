@@ -203,7 +203,7 @@ class Scheduler:
         times = lane.ready[bucket]
         num_taken = sum(len(chunk.requests) for chunk in chunks)
         if self._max_queue_delay_s and num_taken == len(self._queues):
-            hold_s = self._hold_until_s(mates, times.p99_s)
+            hold_s = self._hold_until_s(mates, times.p99_s, now_s)
             if now_s < hold_s:
                 return Decision(None, tuple(expired), hold_s)
         self._take(lane, bucket, chunks, now_s)
@@ -309,12 +309,16 @@ class Scheduler:
                 best, best_score = (bucket, chunks), score
         return best
 
-    def _hold_until_s(self, mates: Sequence[Tenant], p99_s: float) -> float:
+    def _hold_until_s(
+        self, mates: Sequence[Tenant], p99_s: float, now_s: float
+    ) -> float:
         """Return until when a batch may wait for company."""
+        entries = [entry for tenant in mates for entry in tenant.queue]
+        if any(entry.arrival_s > now_s for entry in entries):
+            return now_s  # the clock went back: how long they waited is not known
         return min(
             min(entry.arrival_s + self._max_queue_delay_s, entry.deadline_s - p99_s)
-            for tenant in mates
-            for entry in tenant.queue
+            for entry in entries
         )
 
     def _take(

@@ -57,6 +57,15 @@ def test_a_clock_that_jumps_breaks_nothing(by_s):
         assert engine.stats().tenants["a"].p50_s >= 0
 
 
+def test_failure_17_a_clock_that_goes_back_holds_nobody_up():
+    clock = ManualClock(1e6)
+    options = {"device": FakeDevice(), "clock": clock, "max_queue_delay_s": 0.5}
+    with serve(affine_job("a"), **options) as engine:
+        waiting = engine.submit("a", ROW)  # for company
+        clock.advance(-3600.0)
+        np.testing.assert_array_equal(waiting.result(60), ROW * 3)
+
+
 def test_infer_gives_up_in_time():
     device = FakeDevice()
     with serve(affine_job("a"), device=device) as engine:
