@@ -102,7 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Whether calls that wait for the device may be made."""
         return not self.is_held and not self.is_closed
 
-    @precondition(is_open)
+    @precondition(lambda self: not (self.is_held and self.is_lost))
     @rule(name=names)
     def add(self, name):
         scale = next(self.scales)
@@ -114,8 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.lives[name] = Life(self.engine.add(job), [scale])
         if self.is_lost:
             self.lives[name].may_be_refused = True
-            if not self.is_held:
-                self.settle_additions()
+            self.settle_additions()
 
     @precondition(
         lambda self: self.is_free() and not self.is_lost and self.num_doomed < 1
@@ -249,8 +248,9 @@ class EngineMachine(RuleBasedStateMachine):
     def lose(self, how):
         if not self.is_held:
             self.settle_additions()
+        elif not all(life.ready.done() for life in self.lives.values()):
+            return
         for life in self.lives.values():
-            life.may_be_refused = not life.ready.done()
             for asked in life.asked:
                 asked.may_be_lost = asked.may_be_lost or not asked.future.done()
         self.is_lost = self.may_refuse = True
