@@ -32,6 +32,8 @@ from stfuse._residency import as_install
 from stfuse._server import Server
 from stfuse._types import Bucket, Policy
 
+_NUM_TIMINGS = 3
+
 
 class Builder:
     """The builder thread's work.
@@ -102,6 +104,10 @@ class Builder:
                 self._update(lane)
                 continue
             moves = regroup.moves()
+            if regroup.to_measure is not None:
+                (lane, bucket), regroup.to_measure = regroup.to_measure, None
+                self._add_bucket(lane, bucket)
+                moves = regroup.moves()
             self._stale.update(moves[1:])  # what the first one is moved out of
             for name in moves:
                 self.request(name)
@@ -112,8 +118,10 @@ class Builder:
         with self._server.lock:
             tenants = [t for t in self._server.tenants.values() if t.wanted == name]
             new = [t for t in tenants if t.lane != name or not t.is_placed]
-        if name == SHARED and self._send_home(new):
-            return self.request(name)
+        if name == SHARED and (lanes := self._regroup.settle(new)):
+            for lane in (*lanes, name):
+                self.request(lane)
+            return
         alone = [t for t in new if t.job.name in self._one_at_a_time]
         if alone:  # they failed together: find out which of them
             tenants = [t for t in tenants if t not in new or t is alone[0]]
@@ -122,21 +130,13 @@ class Builder:
             self.request(name)
         if not tenants:
             self._stale.discard(name)
-            return None
+            return
         try:
             lane = self._bring_up(name, tenants, new)
         except Exception as error:  # a compiler or a device may raise anything
             self._refuse(name, tenants, new, error)
         else:
             self._complete(lane)
-        return None
-
-    def _send_home(self, new: Sequence[Tenant]) -> bool:
-        """Have new jobs of an evicted program join it; return whether there were."""
-        lanes = self._regroup.settle(list(new))
-        for lane in lanes:
-            self.request(lane)
-        return bool(lanes)
 
     def _bring_up(
         self, name: str, tenants: Sequence[Tenant], new: Sequence[Tenant]
@@ -213,10 +213,11 @@ class Builder:
                 if capacity is None:
                     raise
                 continue
+            for bucket in lane.steps:  # each must run before it may serve
+                self._measure(lane, bucket)
             if name == SHARED and self._is_refused(lane, tenants):
                 return server.lanes[name]
-            steps = list(lane.steps)
-            if server.command(lambda: self._hand_over(lane, tenants, steps)).result():  # noqa: B023
+            if server.command(lambda: self._hand_over(lane, tenants)).result():  # noqa: B023
                 return lane
 
     def _build(
@@ -265,16 +266,12 @@ class Builder:
         """Measure a lane that takes evicted jobs back; return whether it does not."""
         if not self._regroup.is_trial():
             return False
-        bucket = next(iter(lane.steps))
-        self._server.command(lambda: self._server.measure(lane, bucket)).result()
         is_refused = self._regroup.is_refused(lane, list(tenants))
         if is_refused:
             self.request(SHARED)  # for new jobs that the trial was to take in too
         return is_refused
 
-    def _hand_over(
-        self, lane: Lane, tenants: Sequence[Tenant], steps: Sequence[Bucket]
-    ) -> bool:
+    def _hand_over(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
         """Let a built lane serve, on the device thread; False if it is out of date."""
         server = self._server
         for tenant in tenants:
@@ -284,14 +281,13 @@ class Builder:
             elif lane.generations.get(name) != newest.generation:
                 if not _lane.write(lane, newest):
                     return False  # swapped to weights that end a leaf's sharing
-        readies = [server.measure(lane, bucket) for bucket in steps]
         here = [t for t in tenants if server.tenants.get(t.job.name) is t]
         with server.lock:
             if lane.places:
                 server.lanes[lane.name] = lane
             server.scheduler.handle(as_install(lane))
-            for ready in readies:
-                server.scheduler.handle(ready)
+        for bucket in lane.steps:
+            server.start(lane, bucket)
         server.members.arrive(lane, here)
         for tenant in tenants:
             _resolve_all(tenant.swaps)
@@ -306,18 +302,26 @@ class Builder:
             with server.lock:
                 if self._is_closed or lane.name in self._pending:
                     return  # closing, or about to be brought up to date again
-            try:
-                self._compile(lane, bucket)
-                server.command(lambda b=bucket: server.start(lane, b)).result()
-            except Exception as error:  # the lane serves without this bucket
-                lane.steps.pop(bucket, None)
-                logging.error(
-                    "stfuse: lane '%s' lacks %s: %s", lane.name, bucket, error
-                )
+            self._add_bucket(lane, bucket)
         with server.lock:
             here = [t for t in server.tenants.values() if t.lane == lane.name]
             done = [t.ready for t in here if t.is_placed and t.home is None]
         _resolve_all(done)
+
+    def _add_bucket(self, lane: Lane, bucket: Bucket) -> None:
+        """Compile one more bucket of a serving lane, which can do without it."""
+        server = self._server
+        try:
+            self._compile(lane, bucket)
+            self._measure(lane, bucket)
+            server.command(lambda: server.start(lane, bucket)).result()
+        except Exception as error:
+            lane.steps.pop(bucket, None)
+            logging.error("stfuse: lane '%s' lacks %s: %s", lane.name, bucket, error)
+
+    def _measure(self, lane: Lane, bucket: Bucket) -> None:
+        for _ in range(_NUM_TIMINGS):  # requests are served between them
+            self._server.command(lambda: self._server.measure(lane, bucket)).result()
 
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._max_batch_size)

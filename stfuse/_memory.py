@@ -76,8 +76,8 @@ class Memory:
         needed = used + weights_bytes + working
         if needed > self.limit_bytes:
             raise DoesNotFit(
-                f"it does not fit on the device: {weights_bytes:,} bytes of weights, "
-                f"beside {used:,} bytes in use (old weights stay until new ones serve) "
+                f"it does not fit on the device: {weights_bytes:,} bytes of weights of "
+                f"its lane, beside {used:,} in use (old ones stay till new ones serve) "
                 f"and {working:,} bytes for {_IN_FLIGHT} steps in flight, make "
                 f"{needed:,}; the limit is {self.limit_bytes:,}, so "
                 f"{needed - self.limit_bytes:,} are missing. Remove jobs, unpin some, "

@@ -16,7 +16,7 @@ from stfuse._lane import Lane
 from stfuse._members import SHARED
 from stfuse._server import Server
 from stfuse._stragglers import Backoff, Group, Measured, Watch, measure, worst
-from stfuse._types import StepRecord
+from stfuse._types import Bucket, StepRecord
 
 _CHECK_EVERY = 64  # steps of the shared lane
 
@@ -26,6 +26,9 @@ class Regroup:
 
     Args:
         server: whose lanes.
+
+    Attributes:
+        to_measure: a lane and a bucket that `moves` would know the time of.
     """
 
     def __init__(self, server: Server) -> None:
@@ -36,6 +39,8 @@ class Regroup:
         self._records: list[StepRecord] = []
         self._own: dict[Hashable, str] = {}  # lanes of evicted programs
         self._trial: Hashable | None = None
+        self.to_measure: tuple[Lane, Bucket] | None = None
+        self._asked: tuple[int, Bucket] | None = None
         self._num_own = 0
 
     def observe(self, record: StepRecord) -> None:
@@ -163,6 +168,12 @@ class Regroup:
         if verdict is None:
             return []
         key, reason = verdict
+        rest = found[key].rest
+        if rest is not None:
+            if (id(lane), rest) != self._asked:  # else it cannot be had
+                self._asked = (id(lane), rest)
+                self.to_measure = (lane, rest)
+            return []
         self._backoff.evict(key, now_s, found[key].use)
         name = self._own[key] = self.new_lane(of[key][0].job.name)
         with self._server.lock:

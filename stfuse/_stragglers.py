@@ -1,10 +1,11 @@
 """Which jobs are better off in a lane of their own. No clock, no thread, no JAX.
 
 Jobs of one program form a *group*; a lane's groups share its steps. In the bucket that
-a lane uses most, each group's marginal cost is the measured time of the step less that
-of the step without it: the time of the bucket that lacks it where there is one, else of
-steps in which it had nothing to do, else the groups' own buckets say how the step's
-time divides.
+a lane uses most (or its largest, if it uses that one rarely because of what it costs),
+each group's marginal cost is the measured time of the step less that of the step
+without it. Where no bucket lacks the group, its marginal cost is at first taken for as
+high as the groups' own buckets allow; if that would evict it, the bucket that lacks it
+is compiled and measured before anybody moves.
 
 Rules. A group is evicted if one of these holds, the worst one first:
     pays    its marginal cost per step that serves it exceeds what it costs alone, and
@@ -21,7 +22,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stfuse._types import Bucket, StepRecord
@@ -56,9 +57,10 @@ class Measured:
         with_s: the step's time.
         without_s: its time without the group.
         alone_s: the group's own step.
-        use: the share of steps in which it had work, 0 to 1.
+        use: the share of these steps in which it had work, 0 to 1.
         share: its weight over the whole lane's.
         others_slo_s: the shortest SLO of the others.
+        rest: the bucket without it that ought to be measured before it is evicted.
     """
 
     with_s: float
@@ -67,6 +69,7 @@ class Measured:
     use: float = 1.0
     share: float = 0.5
     others_slo_s: float = math.inf
+    rest: Bucket | None = None
 
     def reason(self, max_stretch: float = 4.0) -> str | None:
         """Return why the group should be evicted, or None."""
@@ -119,14 +122,10 @@ class Watch:
         for key in [key for key in self._seen if key[0] == lane]:
             del self._seen[key]
 
-    def busiest(self, lane: str, groups: Sequence[Group]) -> Bucket | None:
-        """Return the bucket of most steps among those that groups share."""
-        counts = {
-            bucket: len(steps)
-            for (of, bucket), steps in self._seen.items()
-            if of == lane and sum(map(bool, _parts(bucket, groups))) > 1
-        }
-        return max(counts, key=lambda b: (counts[b], b), default=None)
+    def busiest(self, lane: str, among: Sequence[Bucket]) -> Bucket | None:
+        """Return the bucket of most steps, None if none ran."""
+        counts = {b: len(self._seen[lane, b]) for b in among if (lane, b) in self._seen}
+        return max(counts, key=lambda b: counts[b], default=None)
 
 
 def measure(
@@ -144,49 +143,52 @@ def measure(
         groups: its groups.
         step_s: the measured time of its buckets, seconds.
         watch: saw its steps.
-        min_steps: fewer say nothing.
+        min_steps: if the bucket ran less often, its first measurement counts.
 
     Returns:
-        By group; empty while too little is known.
+        By group; without those that take no part or whose own bucket is unknown.
     """
-    bucket = watch.busiest(lane, list(groups.values()))
+    shared = [b for b in step_s if sum(map(bool, _parts(b, groups.values()))) > 1]
+    bucket = watch.busiest(lane, shared)
     steps = watch.steps(lane, bucket) if bucket is not None else []
-    if bucket is None or len(steps) < min_steps:
+    if len(steps) < min_steps:
+        bucket, steps = max(shared, key=_size, default=None), []
+    if bucket is None:
         return {}
     alone = {key: alone_s(bucket, of, step_s) for key, of in groups.items()}
-    apart = {key: seconds for key, seconds in alone.items() if seconds is not None}
+    own_s = {key: seconds for key, seconds in alone.items() if seconds}
     weight = sum(of.weight for of in groups.values())
     found = {}
-    for key, own_s in apart.items():
+    for key in own_s:
         of = groups[key]
-        if not own_s:
-            continue  # it takes no part in this bucket
+        others = {k: seconds for k, seconds in own_s.items() if k != key}
         busy = [seconds for seconds, who in steps if who & of.jobs]
-        idle = [seconds for seconds, who in steps if not who & of.jobs]
-        with_s = statistics.median(busy or idle)
-        known = [with_s * (1 - own_s / sum(apart.values()))]
+        with_s = statistics.median(busy or [s for s, _ in steps] or [step_s[bucket]])
         rest = without(bucket, of)
-        if rest in step_s:
-            known = [step_s[rest]]
-        if busy and idle:
-            known.append(statistics.median(idle))
+        least_s = min(with_s - own_s[key], sum(others.values()))
+        without_s = step_s.get(rest, max(least_s, *others.values(), 0.0))
         found[key] = Measured(
             with_s=with_s,
-            without_s=min(*known, with_s),
-            alone_s=own_s,
-            use=len(busy) / len(steps),
+            without_s=min(without_s, with_s),
+            alone_s=own_s[key],
+            use=len(busy) / len(steps) if steps else 1.0,
             share=of.weight / weight,
             others_slo_s=min(
                 (g.slo_s for k, g in groups.items() if k != key), default=math.inf
             ),
+            rest=None if rest in step_s else rest,
         )
     return found
 
 
 def worst(measured: Mapping[Hashable, Measured]) -> tuple[Hashable, str] | None:
-    """Return the group to be evicted that costs the others most, and why."""
+    """Return the group to be evicted that costs the others most, and why.
+
+    Those that are measured come before those that ought to be.
+    """
     reasons = {key: m.reason() for key, m in measured.items()}
     bad = [key for key, reason in reasons.items() if reason is not None]
+    bad = [key for key in bad if measured[key].rest is None] or bad
     if not bad:
         return None
     key = max(bad, key=lambda k: measured[k].with_s - measured[k].without_s)
@@ -219,8 +221,12 @@ def alone_s(
     return total_s
 
 
-def _parts(bucket: Bucket, groups: Sequence[Group]) -> list[int]:
+def _parts(bucket: Bucket, groups: Iterable[Group]) -> list[int]:
     return [sum(bucket.slots[s] for s in of.species) for of in groups]
+
+
+def _size(bucket: Bucket) -> tuple[int, int]:
+    return sum(bucket.slots), bucket.rows
 
 
 @dataclass(slots=True)
