@@ -242,6 +242,17 @@ def write(
     return Bank(tuple(arrays))
 
 
+def written_leaves(layout: Layout, bank: Bank, b: int) -> set[int]:
+    """Return which leaves of a job `write` writes: those that are not kept once."""
+    found = set()
+    for leaf, (i, _, _) in layout.leaf_rows(b).items():
+        a, k = layout.array_of(i)
+        is_own = k is not None or layout.rows_of(i) == 1
+        if is_own or is_stacked(bank.stacks[a], layout.params[i]):
+            found.add(leaf)
+    return found
+
+
 def read(layout: Layout, bank: Bank, b: int, slot: int) -> tuple[Any, ...]:
     """Return the leaves of one slot, without padding."""
     found = []

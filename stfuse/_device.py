@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from stfuse._stacked import to_host
 
@@ -40,8 +41,8 @@ class JaxDevice:
     def put_on_host(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Keep arrays in the host's memory, where the device reads them fastest."""
         kinds = {memory.kind for memory in self._device.addressable_memories()}
-        if self._device.platform == "cpu" or "pinned_host" not in kinds:
-            return tuple(leaves)
+        if "pinned_host" not in kinds:
+            return tuple(map(np.asarray, leaves))
         pinned = self._sharding.with_memory_kind("pinned_host")
         return tuple(jax.device_put(tuple(leaves), pinned))
 

@@ -54,6 +54,7 @@ class Lane:
         bank: the parameters.
         places: species and slot of each job's programs, by name.
         generations: of the weights that each job's slots hold.
+        known: of the weights of jobs that have or may have slots.
         steps: compiled steps by bucket.
         step_s: what each took when it was first measured, seconds.
         step_bytes: what each needs of the device beside the bank.
@@ -69,6 +70,7 @@ class Lane:
     bank: Bank
     places: dict[str, tuple[tuple[int, int], ...]]
     generations: dict[str, int]
+    known: dict[str, int] = field(default_factory=dict)
     steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
     step_s: dict[Bucket, float] = field(default_factory=dict)
     step_bytes: dict[Bucket, int] = field(default_factory=dict)
@@ -98,9 +100,8 @@ def build(
         members: its jobs; where slots are few, the first of them get one.
         device: where the weights go.
         cost: what the planner knows of it.
-        max_capacity: most slots of a species; None for as many as there are jobs.
-        admit: called with the bank's bytes before any of them is on the device; raises
-            if they do not fit.
+        max_capacity: most slots of a species; None for one for each job.
+        admit: called with the bank's bytes before it is packed; raises if it is not to.
     """
     programs = [(m, length) for m in members for length in range(len(m.traces))]
     traces = [m.traces[length] for m, length in programs]
@@ -128,6 +129,7 @@ def build(
     own = [columns[s] for s in first]
     admit(_bank.num_bytes(layout, own)[1])
     places = _places(programs, species, capacities)
+    held = {m.job.name: m.generation for m in members if m.job.name in places}
     return Lane(
         name=name,
         plan=plan,
@@ -135,7 +137,8 @@ def build(
         capacities=capacities,
         bank=device.put(_bank.pack(layout, _brought(own, layout.capacities, device))),
         places=places,
-        generations={m.job.name: m.generation for m in members if m.job.name in places},
+        generations=held,
+        known=dict(held),
     )
 
 
@@ -151,13 +154,11 @@ def _places(
         for k, i in enumerate(one.members)
         if k < capacities[s]
     }
-    found: dict[str, list[tuple[int, int]]] = {}
+    found: dict[str, list[tuple[int, int]]] = {m.job.name: [] for m, _ in programs}
     for i, (member, _) in enumerate(programs):
-        found.setdefault(member.job.name, []).extend([where[i]] if i in where else [])
+        found[member.job.name] += [where[i]] if i in where else []
     lengths = {m.job.name: len(m.traces) for m, _ in programs}
-    return {
-        job: tuple(each) for job, each in found.items() if len(each) == lengths[job]
-    }
+    return {job: tuple(x) for job, x in found.items() if len(x) == lengths[job]}
 
 
 def _brought(
@@ -184,17 +185,16 @@ def _brought(
 
 def knows(lane: Lane, member: Member) -> bool:
     """Return whether a job could have a slot of a lane, free or not, as it is."""
-    keys = [trace.key for trace in lane.traces]
+    name, keys = member.job.name, {trace.key for trace in lane.traces}
     if any(trace.key not in keys for trace in member.traces):
         return False
-    banks = {
-        lane.layout.bank_of[keys.index(trace.key)]: length
-        for length, trace in enumerate(member.traces)
-    }
-    return all(
-        _bank.fits_shared(lane.layout, lane.bank, b, member.leaves(length))
-        for b, length in banks.items()
-    )
+    if lane.known.get(name) != member.generation:  # comparing takes a while
+        banks = [lane.layout.bank_of[s] for s in species_of(lane, member)]
+        for b, length in {b: length for length, b in enumerate(banks)}.items():
+            if not _bank.fits_shared(lane.layout, lane.bank, b, member.leaves(length)):
+                return False
+        lane.known[name] = member.generation
+    return True
 
 
 def species_of(lane: Lane, member: Member) -> tuple[int, ...]:
@@ -222,8 +222,10 @@ def free_slot(lane: Lane, species: int) -> int | None:
     return min(set(range(lane.capacities[species])) - taken, default=None)
 
 
-def leave(lane: Lane, name: str) -> None:
+def leave(lane: Lane, name: str, *, is_coming_back: bool = False) -> None:
     """Free a job's slots."""
+    if not is_coming_back:
+        lane.known.pop(name, None)
     lane.places.pop(name, None)
     lane.generations.pop(name, None)
 
@@ -234,10 +236,7 @@ def is_intact(lane: Lane) -> bool:
 
 
 def write(lane: Lane, member: Member) -> bool:
-    """Put a job's weights into its slots; False if that would change the layout.
-
-    A job without a slot has nothing to be written, and may get one later.
-    """
+    """Put a job's weights into its slots, if any; False if they change the layout."""
     if not knows(lane, member):
         return False
     if member.job.name in lane.places:
@@ -252,9 +251,10 @@ def _put(lane: Lane, member: Member) -> None:
         for length, (s, slot) in enumerate(lane.places[member.job.name])
     }
     for b, (slot, new) in places.items():
-        # The new arrays go where the old ones are.
+        # The new arrays go where the old ones are; what is kept once is there.
         where = lane.bank.stacks[0].sharding if lane.bank.stacks else None
-        fresh = [jax.device_put(x, where) for x in new]
+        own = _bank.written_leaves(lane.layout, lane.bank, b)
+        fresh = [jax.device_put(x, where) if i in own else x for i, x in enumerate(new)]
         lane.bank = _bank.write(lane.layout, lane.bank, b, slot, fresh, donate=True)
     lane.generations[member.job.name] = member.generation
 

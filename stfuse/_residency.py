@@ -113,7 +113,7 @@ class Residency:
             self._rebuild(lane.name)
             return
         if victim is not None:
-            _lane.leave(lane, victim.job.name)
+            _lane.leave(lane, victim.job.name, is_coming_back=True)
             self.to_host(victim)
         _lane.join(lane, tenant.member)
         with self._lock:

@@ -175,6 +175,17 @@ class FakeDevice:
         """
         return self._real.put(tree)
 
+    def put_on_host(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Copy arrays to the memory of the real device's host.
+
+        Args:
+            leaves: arrays.
+
+        Returns:
+            The arrays, there.
+        """
+        return self._real.put_on_host(leaves)
+
     def launch(
         self, compiled: Callable[..., Any], bank: Any, slots: Any, inputs: Any
     ) -> Any:
