@@ -39,6 +39,7 @@ SMALLEST = {
     "quickstart": [],
     "serve_tenants": ["--smoke"],
     "shared_trunk": ["--smoke", "--calls=2"],
+    "sim_policies": ["--requests=300", "--tenants=8", "--loads=0.5,5"],
     "text_tenants": ["--smoke"],
     "vision_tenants": ["--smoke"],
 }

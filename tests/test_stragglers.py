@@ -155,7 +155,6 @@ def test_a_wait_doubles_up_to_its_end_and_starts_anew_for_who_was_forgotten():
     assert backoff.evict("slow", 0.0) == 10.0
 
 
-@pytest.mark.parametrize("seed", range(5))
 def test_in_a_simulation_the_slow_one_goes_and_returns_once_it_is_quick(seed):
     rng = random.Random(seed)
     slow_s, is_in, now_s, history = 10.0, True, 0.0, []
