@@ -203,6 +203,8 @@ def _check_options(job: Job) -> None:
         raise _unusable(job, f"apply_fn is a {found}; pass a function (params, inputs)")
     if not _is_positive(job.weight):
         raise _unusable(job, f"weight is {job.weight!r}; pass a positive number")
+    if not isinstance(job.pinned, bool):
+        raise _unusable(job, f"pinned is {job.pinned!r}; pass True or False")
     if job.slo_s is not None and not _is_positive(job.slo_s):
         raise _unusable(job, f"slo_s is {job.slo_s!r}; pass seconds > 0, or None")
 

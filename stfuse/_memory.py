@@ -42,6 +42,12 @@ class Memory:
         lanes: Callable[[], Iterable[Lane]],
     ) -> None:
         """Ask the device how much it has."""
+        is_whole = isinstance(max_device_bytes, int) and max_device_bytes > 0
+        if max_device_bytes is not None and not is_whole:
+            raise ValueError(
+                f"`stfuse.Engine`: max_device_bytes is {max_device_bytes!r}; pass a "
+                f"whole number >= 1, or None."
+            )
         limits = (max_device_bytes, getattr(device, "memory_limit_bytes", None))
         self.limit_bytes = min((n for n in limits if n is not None), default=None)
         self._device = device

@@ -171,6 +171,8 @@ def test_calls_that_would_wait_for_themselves_are_refused():
         ({"max_slots": 1.5}, "max_slots is 1.5"),
         ({"max_queue_size": -1}, "max_queue_size is -1"),
         ({"max_queue_delay_s": -1.0}, "max_queue_delay_s is -1.0"),
+        ({"max_device_bytes": 0}, "max_device_bytes is 0"),
+        ({"max_device_bytes": 1e9}, "max_device_bytes is 1000000000.0"),
     ],
 )
 def test_a_wrong_option_is_named(options, text):

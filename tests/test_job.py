@@ -34,6 +34,7 @@ WRONG_JOBS = {
     "weight zero": ({"weight": 0}, "weight is 0; pass a positive number"),
     "weight nan": ({"weight": float("nan")}, "weight is nan"),
     "weight text": ({"weight": "1"}, "weight is '1'"),
+    "pinned, a number": ({"pinned": 1}, "pinned is 1; pass True or False"),
     "slo negative": ({"slo_s": -1.0}, "slo_s is -1.0; pass seconds > 0"),
     "slo infinite": ({"slo_s": float("inf")}, "slo_s is inf"),
     "params of text": ({"params": {"w": "abc"}}, "params leaf 'w' is a str"),
