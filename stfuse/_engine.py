@@ -225,7 +225,8 @@ class Engine:
             name: the job.
             inputs: pytree like the job's example, with 1 to ``max_batch_size`` rows;
                 copied, so the caller may reuse its arrays.
-            deadline_s: seconds from now by which it must have started; None for the
+            deadline_s: seconds from now by which it must have started; while more
+                waits than a step holds, by which it must be answered; None for the
                 job's ``slo_s``.
 
         Returns:
@@ -235,8 +236,8 @@ class Engine:
 
         Raises:
             RequestError: no such job, or malformed inputs.
-            QueueFullError: the job has ``max_queue_size`` requests waiting.
-            DeadlineError: the deadline has passed already.
+            QueueFullError: a queue has no room; ``retry_after_s`` says when it may.
+            DeadlineError: the deadline has passed, or what waits before takes longer.
             ClosedError: the engine is closed, or the job is being removed.
             DeviceError: the device is lost, or the job in quarantine since its
                 requests failed alone three times in a row.
