@@ -99,12 +99,18 @@ class Server:
         subscribe = getattr(clock, "subscribe", None)
         self.is_clock_real = subscribe is None
         if subscribe is not None:
-            subscribe(self.wake)
+            subscribe(self._clock_moved)
 
     def wake(self) -> None:
         """Let the device thread look again."""
         with self.lock:
             self._work.notify()
+
+    def _clock_moved(self) -> None:
+        """Let all threads look again: they do not wait for a simulated clock."""
+        with self.lock:
+            self._work.notify()
+            self.lock.notify_all()
 
     def stop(self) -> None:
         """Let `serve` return once everything is answered."""
