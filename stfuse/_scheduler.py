@@ -4,8 +4,9 @@ Rules:
     Times are passed in, in seconds of one clock; nothing is started after its deadline.
     A tenant's own requests run earliest deadline first, those without one in order.
     Between tenants, under each policy:
-        space-time  earliest deadline first; then, among those without deadlines, least
-                    weighted service so far, counted in predicted device seconds.
+        space-time  earliest deadline first; then, among those without deadlines and
+                    those who had more than their share, least weighted service so far,
+                    counted in predicted device seconds.
         exclusive   the same order, but a step serves one tenant.
         time        round robin, one request a step.
     Every fourth step starts with a tenant without deadlines, if one waits: a stream of
@@ -130,6 +131,7 @@ class Scheduler:
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
         expired = self._queues.expired(now_s)
+        self._is_contended = self._is_contended and len(self._queues) > 0
         seen: list[Tenant] = []
         order = self._order(seen, now_s, expired)
         decision = None

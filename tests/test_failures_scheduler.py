@@ -6,7 +6,7 @@ import pytest
 from stfuse._admission import Bounds
 from stfuse._errors import DeadlineError, QueueFullError
 from stfuse._scheduler import Scheduler
-from stfuse._types import Bucket, Install, Join, Policy, Ready, Submit
+from stfuse._types import Bucket, Cancel, Install, Join, Policy, Ready, Submit
 from stfuse.testing import Arrivals, poisson, simulate
 
 SLOTS = (1, 2, 4, 8, 16, 32, 64)
@@ -104,6 +104,20 @@ def test_failure_07_goodput_does_not_collapse(seed):
         run = simulate(trace, TABLE, deadline_s=0.02, num_tenants=NUM_TENANTS)
         goodput.append(run.goodput)
     assert goodput[-1] >= 0.9 * max(goodput)
+
+
+def test_failure_07_what_was_contention_ends_with_it():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    scheduler.handle(Join("a"))
+    scheduler.handle(Install("all", (1,), {"a": (0,)}))
+    scheduler.handle(Ready("all", Bucket((1,), 1), 1.0))
+    for request in (0, 1):
+        scheduler.handle(Submit(request, "a", 1, 0.0))
+    assert scheduler.decide(0.0).batch is not None  # and one waits
+    scheduler.handle(Cancel(1))
+    assert scheduler.decide(5.0).batch is None
+    scheduler.handle(Submit(2, "a", 1, 5.0, 5.5))  # late whatever happens, but alone
+    assert scheduler.decide(5.0).batch is not None
 
 
 def test_failure_07_what_is_sure_to_be_late_is_refused_at_once():
