@@ -85,7 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.scales = map(float, itertools.count(1))
         self.lives, self.past = {}, []
         self.is_held = self.is_lost = self.may_refuse = self.is_closed = False
-        self.is_drained, self.num_doomed = drain, 0
+        self.is_drained, self.num_doomed, self.jumped_s = drain, 0, 0.0
         for name in NAMES[:2]:
             self.add(name)
 
@@ -229,6 +229,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(by_s=st.sampled_from([0.2, 60.0, 3600.0, -0.2, -3600.0]))
     def jump(self, by_s):
         now_s = self.clock() + by_s
+        self.jumped_s += max(by_s, 0.0)
         for asked in self.all_asked():
             asked.latest_s = max(asked.latest_s, now_s)
         self.clock.advance(by_s)
@@ -326,7 +327,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert any(np.array_equal(found, each) for each in may_be)
         elif isinstance(error, stfuse.DeadlineError):
             assert asked.deadline_s is not None
-            assert asked.latest_s >= asked.deadline_s
+            # A step that ran while the clock jumped is measured to take so long.
+            assert asked.latest_s + self.jumped_s >= asked.deadline_s
         elif isinstance(error, stfuse.DeviceError):
             is_told = "boom" in str(error) and (asked.is_bad or life.num_bad >= 3)
             assert is_told or asked.may_be_lost or life.may_be_refused, error
