@@ -30,7 +30,6 @@ from tests.test_lane import DEVICE, H200, member
 WIDTHS = (2, 3)
 names = st.sampled_from([f"{kind}{i}" for kind in "ab" for i in range(4)])
 seeds = st.integers(0, 5)  # where seeds are equal, so are the bytes
-TRUNK = 2  # of the leaves, in order of their names
 SHARED = np.arange(9, dtype=np.float32).reshape(3, 3)
 
 
@@ -70,14 +69,18 @@ class BankMachine(RuleBasedStateMachine):
         return dataclasses.replace(own, generation=self.generation)
 
     def is_whole(self, species, params):
-        """Whether the trunk, if it is kept once, has the value that a job brings."""
-        layout, bank = self.lane.layout, self.lane.bank
-        i, _, _ = layout.leaf_rows(layout.bank_of[species])[TRUNK]
-        a, _ = layout.array_of(i)
-        is_own = layout.rows_of(i) == 1 or _bank.is_stacked(
-            bank.stacks[a], layout.params[i]
-        )
-        return is_own or np.array_equal(bank.stacks[a], params["trunk"])
+        """Whether every leaf that is kept once has the value that a job brings."""
+        layout, stacks = self.lane.layout, self.lane.bank.stacks
+        rows = layout.leaf_rows(layout.bank_of[species])
+        for leaf, own in enumerate(jax.tree.leaves(params)):
+            i, _, _ = rows[leaf]
+            a, _ = layout.array_of(i)
+            is_own = layout.rows_of(i) == 1 or _bank.is_stacked(
+                stacks[a], layout.params[i]
+            )
+            if not is_own and not np.array_equal(stacks[a], own):
+                return False
+        return True
 
     @rule(name=names, seed=seeds)
     def join(self, name, seed):
@@ -101,27 +104,21 @@ class BankMachine(RuleBasedStateMachine):
             del self.model[name]
             _lane.leave(self.lane, name)
 
-    @rule(name=names, seed=seeds)
-    def swap(self, name, seed):
-        if name in self.model:
-            params = weights(name, seed, self.model[name]["trunk"])
-            new = self.changed(name, params)
-            assert _lane.write(self.lane, new)
+    @rule(name=names, seed=seeds, trunk_seed=st.just(0) | seeds)
+    def swap(self, name, seed, trunk_seed):
+        if name not in self.model:
+            return
+        params = weights(name, seed, SHARED + trunk_seed)
+        ((species, _),) = self.lane.places[name]
+        is_whole, new = self.is_whole(species, params), self.changed(name, params)
+        assert _lane.write(self.lane, new) == is_whole
+        if is_whole:
             assert self.lane.generations[name] == self.generation
             self.model[name] = params
-
-    @rule(name=names, seed=seeds)
-    def swap_a_shared_leaf(self, name, seed):
-        if name in self.model:
-            params = weights(name, seed, SHARED + seed)
-            ((species, _),) = self.lane.places[name]
-            is_whole = self.is_whole(species, params)
-            assert _lane.write(self.lane, self.changed(name, params)) == is_whole
-            if not is_whole:
-                self.assert_bank()  # nothing of it was written
+        else:  # the sharing of a leaf ends; nothing of it was written
+            self.assert_bank()
             self.model[name] = params
-            if not is_whole:
-                self.build()
+            self.build()
 
     @rule()
     def grow(self):
