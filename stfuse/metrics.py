@@ -123,6 +123,7 @@ def _tenant_families(
         for kind, name, text in (
             (core.CounterMetricFamily, "tenant_rows", "Rows answered"),
             (core.CounterMetricFamily, "late", "Answers after their deadline"),
+            (core.CounterMetricFamily, "evictions", "Moves to a lane of its own"),
             (core.GaugeMetricFamily, "tenant_queued_requests", "Requests waiting"),
             (core.GaugeMetricFamily, "quarantined", "Tenants in quarantine"),
         )
@@ -135,6 +136,7 @@ def _tenant_families(
             latency.add_metric([label, q], _worst(getattr(x, field) for x in group))
         families["tenant_rows"].add_metric([label], sum(x.rows for x in group))
         families["late"].add_metric([label], sum(x.late for x in group))
+        families["evictions"].add_metric([label], sum(x.evictions for x in group))
         queued = sum(x.queued for x in group)
         families["tenant_queued_requests"].add_metric([label], queued)
         held = sum(x.quarantine is not None for x in group)

@@ -97,7 +97,8 @@ def test_failure_09_a_slow_tenant_is_evicted_and_the_others_are_as_fast_as_befor
     assert all(stats[n].lane == "all" and not stats[n].evictions for n in FAST)
     wait_for(lambda: len(engine._server.lanes["all"].capacities) == 3)
     lane = engine._server.lanes["all"]
-    wait_for(lambda: set(engine._builder._buckets(lane)) <= set(lane.step_s))
+    known = engine._server.scheduler._lanes["all"]
+    wait_for(lambda: set(engine._builder._buckets(lane)) <= set(known.ready))
     found.clear()
     for i in range(200):
         serve_round(engine, clock, *["slow"] * (i == 100))

@@ -243,6 +243,9 @@ def test_failure_14_a_device_lost_for_ever_ends_every_future(how, seed):
                 futures.append(engine.submit(name, ROW))
             except (stfuse.DeviceError, stfuse.QueueFullError):
                 refused += 1
+            except stfuse.RequestError:
+                assert name == "b"  # `change` was faster and removed it
+                return
 
     def change():
         wait_for(lambda: engine.stats().problem)
@@ -300,22 +303,21 @@ def test_failure_20_a_thousand_lives_of_a_tenant_leave_nothing_behind(seed):
         return {
             "threads": threading.active_count(),
             "arrays": len(jax.live_arrays()),
-            "array bytes": sum(x.nbytes for x in jax.live_arrays()),
             "tenants": len(engine._server.tenants),
             "places": len(lane.places),
             "generations": len(lane.generations),
             "queued": engine.stats().queued,
-        }, len(gc.get_objects())
+        }, np.array([len(gc.get_objects()), sum(x.nbytes for x in jax.live_arrays())])
 
     with serve(affine_job("stays"), device=FakeDevice()) as engine:
         for number in range(20):
             live(number)
-        before, num_objects = held()
+        before, sizes = held()
         for number in range(20, 1020):
             live(number)
-        after, num_objects_after = held()
+        after, sizes_after = held()
         assert after == before
-        assert num_objects_after < num_objects + 1000  # not one for each life
+        assert np.all(sizes_after < sizes + 1000)  # not one object or byte a life
         assert_idle(engine)
 
 
