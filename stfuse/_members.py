@@ -6,7 +6,7 @@ What changes a lane runs on the device thread, between two steps.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -105,12 +105,11 @@ class Members:
 
         Those without a slot of it wait on the host. What served them before is free.
         """
-        left = []
+        left: dict[str, list[str]] = {}
         for tenant in tenants:
-            old = self.lanes.get(tenant.lane) if tenant.is_placed else None
             has_slot = tenant.job.name in lane.places
-            if old is not None and old.name != lane.name:
-                left.append((old, tenant.job.name))
+            if tenant.is_placed and tenant.lane != lane.name:
+                left.setdefault(tenant.lane, []).append(tenant.job.name)
             if not has_slot:
                 self.residency.to_host(tenant)
             with self._lock:
@@ -118,19 +117,23 @@ class Members:
                 tenant.is_placed, tenant.is_on_host = True, not has_slot
                 if tenant.job.pinned or tenant.outstanding:
                     self.residency.want(tenant)
-        for old, name in left:
-            self.vacate(old, name)
+        for name, jobs in left.items():
+            if name in self.lanes:
+                self.vacate(self.lanes[name], jobs)
 
-    def vacate(self, lane: Lane, name: str) -> None:
-        """Free a job's slots on the device thread; a lane ends with its last job."""
-        _lane.leave(lane, name)
-        if self.lanes.get(lane.name) is not lane:
-            return
+    def vacate(self, lane: Lane, jobs: Collection[str]) -> None:
+        """Free jobs' slots on the device thread; a lane ends with its last job.
+
+        All that leave at a time must be named at once: the scheduler takes those that
+        a lane still lists to be the lane's.
+        """
+        for name in jobs:
+            _lane.leave(lane, name)
         with self._lock:
             hosts = [
                 t
                 for t in self.tenants.values()
-                if t.lane == lane.name and t.is_on_host and t.job.name != name
+                if t.lane == lane.name and t.is_on_host and t.job.name not in jobs
             ]
             for tenant in hosts if not lane.places else ():
                 self.residency.want(tenant)
@@ -152,7 +155,7 @@ class Members:
                 return  # by now its name may be another's
             name, lane = tenant.job.name, self.lanes.get(tenant.lane)
             if lane is not None and tenant.is_placed:
-                self.vacate(lane, name)
+                self.vacate(lane, [name])
             with self._lock:
                 self.tenants.pop(name, None)
                 self._metrics.forget(name)

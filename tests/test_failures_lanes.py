@@ -208,6 +208,21 @@ def test_failure_10_a_new_tenant_is_answered_before_its_fused_bucket_is_compiled
         np.testing.assert_array_equal(engine.infer("b", x), x * 6)
 
 
+def test_failure_10_those_that_joined_together_are_served_wherever_they_move():
+    """They share a small lane at first, and leave it together."""
+    names = [f"t{i}" for i in range(5)]
+    with serve(affine_job("a"), device=FakeDevice()) as engine:
+        with engine._server.lock:  # the builder sees all of them or none
+            added = [engine.add(affine_job(n, scale=3.0, width=4)) for n in names]
+        for ready in added:
+            ready.result(60)
+        x = np.ones((1, 4), np.float32)
+        for future in [engine.submit(n, x, deadline_s=30) for n in names]:
+            np.testing.assert_array_equal(future.result(60), x * 4)
+        assert {t.lane for t in engine.stats().tenants.values()} == {"all"}
+        assert list(engine._server.lanes) == ["all"]
+
+
 def test_failure_10_a_step_that_fails_while_its_tenant_moves_is_run_where_it_is_now():
     device, go = FakeDevice(), threading.Event()
     compile_step = device.compile
