@@ -10,13 +10,21 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from typing import Any
 
 from absl import logging
 
+_LOCK = threading.Lock()
+_OPEN = (PENDING, RUNNING)
+
 
 class Answer(Future[Any]):
     """The future of a request; cancelling it gives its place free at once.
+
+    A condition is most of what a future costs, and only who blocks on one needs it: it
+    is made when somebody asks for it. Until then `_LOCK` guards the state of all
+    answers, after that the condition does, as in any future.
 
     Args:
         number: the request's.
@@ -26,15 +34,53 @@ class Answer(Future[Any]):
     has_callbacks = False
 
     def __init__(self, number: int, on_cancel: Callable[[int], None]) -> None:
-        """Start without callbacks."""
-        super().__init__()
+        """Start as `Future` does, but without a condition."""
+        self._made: threading.Condition | None = None
+        self._state = PENDING
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._number = number
         self._on_cancel = on_cancel
+
+    @property
+    def _condition(self) -> threading.Condition:
+        if self._made is None:
+            with _LOCK:
+                self._made = self._made or threading.Condition()
+        return self._made
+
+    def done(self) -> bool:
+        """Return whether it was cancelled or has its outcome."""
+        return self._state not in _OPEN
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Have ``fn`` called with this future once it is done."""
         self.has_callbacks = True
+        with _LOCK:
+            if self._made is None and self._state in _OPEN:
+                self._done_callbacks.append(fn)
+                return
         super().add_done_callback(fn)
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take note that it runs; return False if it was cancelled."""
+        with _LOCK:
+            if self._made is None and self._state == PENDING:
+                self._state = RUNNING
+                return True
+        return super().set_running_or_notify_cancel()
+
+    def set_result(self, result: Any) -> None:
+        """Give it its result."""
+        with _LOCK:
+            is_alone = self._made is None and self._state in _OPEN
+            if is_alone:
+                self._result, self._state = result, FINISHED
+        if not is_alone:
+            super().set_result(result)
+        elif self._done_callbacks:
+            self._invoke_callbacks()  # pyright: ignore[reportAttributeAccessIssue]
 
     def cancel(self) -> bool:
         """Cancel, unless it runs or is done; return whether it is cancelled."""

@@ -27,6 +27,7 @@ class LaneBuckets:
         slots: most slots of a step.
         rows: most rows of a slot.
         is_dense: whether a tenant has one slot at most in the largest step.
+        open_slots: most slots of a step in which it may have several; 0 for none.
     """
 
     capacities: tuple[int, ...]
@@ -35,6 +36,7 @@ class LaneBuckets:
     slots: int = 0
     rows: int = 0
     is_dense: bool = True
+    open_slots: int = 0
 
     def add(self, bucket: Bucket, times: Times) -> None:
         """Take note of a bucket that is new."""
@@ -43,8 +45,25 @@ class LaneBuckets:
         self.rows = next(reversed(self.ready)).rows
         largest = max(self.ready, key=lambda each: sum(each.slots))
         self.slots = sum(largest.slots)
-        pairs = zip(largest.slots, self.capacities, strict=True)
-        self.is_dense = all(k in (0, capacity) for k, capacity in pairs)
+        self.is_dense = self._is_dense(largest)
+        self.open_slots = max(
+            [sum(each.slots) for each in self.ready if not self._is_dense(each)],
+            default=0,
+        )
+
+    def most_slots(self, num_programs: int, num_alike: int) -> int:
+        """Return how many slots of one step a tenant can get at most.
+
+        Args:
+            num_programs: that it has.
+            num_alike: tenants that wait for slots of the same species, this one too:
+                each gets one before any gets another.
+        """
+        return num_programs * (1 + max(self.open_slots - num_alike, 0))
+
+    def _is_dense(self, bucket: Bucket) -> bool:
+        pairs = zip(bucket.slots, self.capacities, strict=True)
+        return all([k in (0, capacity) for k, capacity in pairs])
 
 
 def fill(

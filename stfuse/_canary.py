@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from stfuse import _cost, _lane
+from stfuse import _cost, _lane, _staging
 from stfuse._job import Job
 from stfuse._lane import Lane, Member
 from stfuse._trace import trace
@@ -18,6 +18,7 @@ _BUCKET = Bucket((1,), 1)
 _CHUNK = Chunk(_NAME, (0,), 1)
 # Small whole numbers: exact in every float format and at every precision.
 _ROW = np.array([[1.0, 2.0, 3.0]], np.float32)
+_LEAVES = {0: [_ROW.tobytes()]}
 _PARAMS = np.array([[1, 0, 2], [0, 1, 1], [1, 1, 0]], np.float32)
 _ANSWER = [[4.0, 5.0, 4.0]]
 
@@ -63,7 +64,7 @@ class Canary:
         if lane is None:
             return self.failure
         try:
-            slots, inputs, placed = _lane.stage(lane, _BUCKET, [_CHUNK], {0: [_ROW]})
+            slots, inputs, placed = _staging.stage(lane, _BUCKET, [_CHUNK], _LEAVES)
             step = lane.steps[_BUCKET]
             outputs = self._device.read(
                 self._device.launch(step, lane.bank.stacks, slots, inputs)
@@ -71,9 +72,9 @@ class Canary:
         except Exception as error:  # whatever a device raises
             return f"the canary failed: {_text(error)}"
         ((species, slot),) = placed
-        ((i, row, _),) = _lane.cut_places(lane, _BUCKET, species)
+        ((i, row, _),) = _staging.cut_places(lane, _BUCKET, species)
         found = np.asarray(outputs[i])[row + slot].tolist()
-        _lane.release(lane, _BUCKET, slots, inputs)
+        _staging.release(lane, _BUCKET, slots, inputs)
         if found != _ANSWER:
             return f"the canary's answer is {found}; expected {_ANSWER}"
         return ""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
 from stfuse._answers import Answer
 from stfuse._inputs import Form
 from stfuse._job import Job
-from stfuse._lane import Lane, Member, cut_places
+from stfuse._lane import Lane, Member
 from stfuse._lengths import Shapes
-from stfuse._stacked import LeafPlaces, resized
+from stfuse._stacked import resized
+from stfuse._staging import as_bytes, cut_leaves, cut_places
 from stfuse._types import Batch, StepRecord
 
 
@@ -75,7 +75,7 @@ class Request:
 
     Attributes:
         tenant: whose it is.
-        leaves: its input leaves ``[B, ...]``, the engine's own copies.
+        leaves: the bytes of its input leaves ``[B, ...]``.
         rows: B.
         submitted_s: when it arrived.
         deadline_s: when it must have started, on the same clock, or None.
@@ -86,7 +86,7 @@ class Request:
     """
 
     tenant: Tenant
-    leaves: Sequence[Any]
+    leaves: Sequence[bytes]
     rows: int
     submitted_s: float
     deadline_s: float | None
@@ -129,6 +129,7 @@ def answers(flight: Flight, outputs: Any) -> list[tuple[int, Any]]:
         outputs: what it computed, on the host.
     """
     found = []
+    memory = [(x, as_bytes(x)) for x in outputs]
     lane, bucket = flight.lane, flight.batch.bucket
     places_of = [
         cut_places(lane, bucket, s) if k else () for s, k in enumerate(bucket.slots)
@@ -140,37 +141,13 @@ def answers(flight: Flight, outputs: Any) -> list[tuple[int, Any]]:
             at = places_of[s]
             if request.out_sizes is not None:
                 at = resized(at, request.out_sizes)
-            leaves = cut_leaves(outputs, at, k, start, request)
+            rows = request.rows if request.tenant.job.batched else None
+            leaves = cut_leaves(memory, at, k, start, rows)
             structure = request.tenant.outputs
             own = leaves[0] if structure is None else structure.unflatten(leaves)
             found.append((number, own))
             start += request.rows
     return found
-
-
-def cut_leaves(
-    outputs: Sequence[Any], places: LeafPlaces, slot: int, start: int, request: Request
-) -> list[Any]:
-    """Return one request's output leaves, copied so that they are the caller's own.
-
-    Args:
-        outputs: a step's output arrays ``[rows, B, *padded]``.
-        places: where the leaves of its species' slot 0 stand.
-        slot: its slot.
-        start: its first row.
-        request: whose; an unbatched job's leaves have no row axis.
-    """
-    is_batched = request.tenant.job.batched
-    of = slice(start, start + request.rows) if is_batched else start
-    own = []
-    for i, row, shape in places:
-        x = outputs[i]
-        y = x[row + slot, of]
-        if y.shape[is_batched:] != shape:
-            inner = (slice(None),) * is_batched
-            y = y[(*inner, *map(slice, shape))]
-        own.append(np.array(y) if isinstance(x, np.ndarray) else y)
-    return own
 
 
 def record(flight: Flight, now_s: float, step_s: float) -> StepRecord:
@@ -203,7 +180,7 @@ def only(batch: Batch, wanted: Iterable[int], requests: Mapping[int, Request]) -
     """Return a batch with some of its requests."""
     wanted = set(wanted)
     chunks = tuple(
-        replace(c, requests=kept, rows=sum(requests[n].rows for n in kept))
+        c._replace(requests=kept, rows=sum(requests[n].rows for n in kept))
         for c in batch.chunks
         if (kept := tuple(n for n in c.requests if n in wanted))
     )
@@ -238,7 +215,7 @@ def rehomed(batch: Batch, lanes: Iterable[Lane]) -> list[Batch]:
             s, _ = places[chunk.length]
             for bucket in lane.steps:
                 if bucket.slots[s] and bucket.rows >= chunk.rows:
-                    moved = replace(chunk, species=s)
+                    moved = chunk._replace(species=s)
                     found.append(Batch(lane.name, bucket, (moved,), batch.predicted_s))
                     break
             break

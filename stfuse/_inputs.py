@@ -21,7 +21,7 @@ class Checked:
     """One request's inputs as a step takes them.
 
     Attributes:
-        leaves: ``[B, ...]`` per input leaf, padded to its length.
+        leaves: ``[B, ...]`` per input leaf, padded to its length; or its bytes.
         rows: B.
         length: which of the job's programs they are for.
         out_sizes: per output leaf the shape it is cut back to; None for all of it.
@@ -34,8 +34,8 @@ class Checked:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all leaves."""
-        return sum([leaf.nbytes for leaf in self.leaves])
+        """Bytes of all leaves, if they are bytes."""
+        return sum(map(len, self.leaves))
 
 
 class Form:
@@ -60,7 +60,7 @@ class Form:
         self.is_plain = job.batched and job.lengths is None and bool(self.leaves)
 
     def check(self, inputs: Any, most_rows: int, *, call: str) -> Checked:
-        """Return a copy of a request's inputs; `check_inputs` without its detours.
+        """Return a request's inputs as bytes; `check_inputs` without its detours.
 
         Whatever is not plainly right goes the long way, which converts or refuses it.
 
@@ -84,11 +84,12 @@ class Form:
             if x.shape[1:] != shape or size != (rows or size):
                 break
             rows = size
-            leaves.append(x.copy())
+            leaves.append(x.tobytes())
         if rows and len(leaves) == len(self.leaves):
             checked = Checked(leaves, rows)
         else:
-            checked = check_inputs(self.job, inputs, call=call, copy=True)
+            checked = check_inputs(self.job, inputs, call=call)
+            checked.leaves = [leaf.tobytes() for leaf in checked.leaves]
         if checked.rows > most_rows:
             what = f"found {checked.rows} rows; expected at most max_batch_size = "
             more = f"{most_rows}. Send several requests"
@@ -107,7 +108,7 @@ def check_seconds(job: Job, deadline_s: Any, *, call: str) -> float:
     return deadline_s
 
 
-def check_inputs(job: Job, inputs: Any, *, call: str, copy: bool = False) -> Checked:
+def check_inputs(job: Job, inputs: Any, *, call: str) -> Checked:
     """Return one request's inputs as a step takes them.
 
     Args:
@@ -115,7 +116,6 @@ def check_inputs(job: Job, inputs: Any, *, call: str, copy: bool = False) -> Che
         inputs: pytree like ``job.example``. Arrays must have the declared dtype;
             Python numbers and lists are converted to it.
         call: the public call to name in errors.
-        copy: whether the caller may change its arrays afterwards.
 
     Returns:
         NumPy arrays, or tracers as they came; an unbatched job's inputs are one row.
@@ -132,7 +132,7 @@ def check_inputs(job: Job, inputs: Any, *, call: str, copy: bool = False) -> Che
     declared = _tree.leaves_with_paths(job.programs[-1].example)
     wheres = [f"inputs leaf '{path}'" if path else "inputs" for path, _ in declared]
     leaves = [
-        _to_array(call, job, where, example, row, x, copy)
+        _to_array(call, job, where, example, row, x)
         for where, (_, example), row, x in zip(
             wheres, declared, jax.tree.leaves(job.row), found, strict=True
         )
@@ -193,9 +193,7 @@ def _kind(dtype: Any) -> int:
     return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), 9)
 
 
-def _to_array(
-    call: str, job: Job, where: str, example: Any, row: Any, x: Any, copy: bool
-) -> Any:
+def _to_array(call: str, job: Job, where: str, example: Any, row: Any, x: Any) -> Any:
     """Return one leaf with the dtype that the trace expects, or refuse it."""
     declared = np.dtype(example.dtype) if hasattr(example, "dtype") else row.dtype
     if isinstance(x, jax.Array | np.ndarray | np.generic):
@@ -208,7 +206,7 @@ def _to_array(
             )
         if _tree.is_tracer(x):
             return x
-        return np.array(x, row.dtype, order="C", copy=copy or None)
+        return np.array(x, row.dtype, order="C", copy=None)
     try:
         raw = np.asarray(x)
         if raw.dtype.kind in "OSUMmV" or _kind(raw.dtype) > _kind(row.dtype):

@@ -1,8 +1,8 @@
-"""Lane: jobs that are served by one compiled step, their bank and their buffers."""
+"""Lane: jobs that are served by one compiled step, and their bank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from stfuse._plan import Plan, Species, group
 from stfuse._program import Trace
 from stfuse._stacked import LeafPlaces
 from stfuse._step import make_step
-from stfuse._types import Bucket, Chunk, Cost, Device
+from stfuse._types import Bucket, Cost, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +264,7 @@ def compile_bucket(
 ) -> Callable[..., Any]:
     """Return the lane's compiled step for a bucket, from the cache if it is there."""
     stacks = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lane.bank.stacks)
-    slots, inputs = _specs(lane, bucket)
+    slots, inputs = specs(lane, bucket)
     signature: Hashable = (
         tuple(trace.key for trace in lane.traces),
         lane.plan.nodes,
@@ -282,94 +282,9 @@ def compile_bucket(
     )
 
 
-def stage(
-    lane: Lane,
-    bucket: Bucket,
-    chunks: Sequence[Chunk],
-    leaves_of: Mapping[int, Sequence[Any]],
-) -> tuple[Any, Any, list[tuple[int, int]]]:
-    """Copy requests into the host buffers of a step.
-
-    Args:
-        lane: whose step.
-        bucket: which shape.
-        chunks: what runs, each in a slot.
-        leaves_of: per request its input leaves ``[B, ...]``.
-
-    Returns:
-        Slots, buffers, and per chunk its species and slot of the step. All that no
-        request fills is zero. Give all back with `release`.
-    """
-    free = lane.buffers.setdefault(bucket, [])
-    slots, buffers = free.pop() if free else _allocate(lane, bucket)
-    filled = [0] * len(lane.capacities)
-    placed = []
-    entries_of = _entries(lane, bucket)
-    for chunk in chunks:
-        s, own = lane.places[chunk.tenant][chunk.length]
-        k = own if slots[s] is None else filled[s]
-        filled[s] += 1
-        placed.append((s, k))
-        if slots[s] is not None:
-            slots[s][k] = own
-        own_leaves = [leaves_of[r] for r in chunk.requests]
-        for leaf, i, row in entries_of[s]:
-            _copy_rows([leaves[leaf] for leaves in own_leaves], buffers[i], row + k)
-    for s, entries in entries_of.items():
-        if filled[s] < bucket.slots[s]:
-            used = {k for of, k in placed if of == s}
-            unused = [k for k in range(bucket.slots[s]) if k not in used]
-            for _, i, row in entries:
-                buffers[i][[row + k for k in unused]] = 0
-        if slots[s] is not None:
-            slots[s][filled[s] :] = 0
-    return slots, buffers, placed
-
-
-def release(lane: Lane, bucket: Bucket, slots: Any, buffers: Any) -> None:
-    """Give staging buffers back once their step was read."""
-    lane.buffers[bucket].append((slots, buffers))
-
-
-def sample(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
-    """Return slots and inputs to time a step with: zeros can run faster than data."""
-    slots, buffers = _allocate(lane, bucket)
-    rng = np.random.default_rng(0)
-    for leaf in jax.tree.leaves(buffers):
-        if np.issubdtype(leaf.dtype, np.floating):
-            leaf[...] = rng.standard_normal(leaf.shape)
-    return slots, buffers
-
-
-def cut_places(lane: Lane, bucket: Bucket, species: int) -> LeafPlaces:
-    """Return where the outputs of a species' slot 0 stand in a bucket's step."""
-    key = (bucket, species)
-    if key not in lane.cuts:
-        lane.cuts[key] = lane.layout.cut_places(_counts(bucket), species, 0)
-    return lane.cuts[key]
-
-
-def _counts(bucket: Bucket) -> dict[int, int]:
-    return {s: k for s, k in enumerate(bucket.slots) if k}
-
-
-def _entries(lane: Lane, bucket: Bucket) -> dict[int, list[tuple[int, int, int]]]:
-    """Return per species the leaf, the buffer, and the row of slot 0 of its inputs."""
-    found = lane.entries.get(bucket)
-    if found is None:
-        counts = _counts(bucket)
-        found = lane.entries[bucket] = {s: [] for s in counts}
-        for i, buffer in enumerate(lane.layout.inputs):
-            starts = buffer.starts(counts)
-            for s, leaf in buffer.members:
-                if s in counts and leaf >= 0:  # a bare carrier has no rows to copy
-                    found[s].append((leaf, i, starts[s]))
-    return found
-
-
-def _specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
+def specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     """Return the specs of a bucket's slots and inputs."""
-    counts, slots, inputs = _counts(bucket), [], []
+    counts, slots, inputs = bucket.counts, [], []
     for k, capacity in zip(bucket.slots, lane.capacities, strict=True):
         is_indexed = 0 < k < capacity
         index = jax.ShapeDtypeStruct((k,), np.int32) if is_indexed else None
@@ -379,21 +294,3 @@ def _specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
         shape = (rows, bucket.rows, *buffer.shape(counts)) if rows else ()
         inputs.append(jax.ShapeDtypeStruct(shape, buffer.dtype) if rows else None)
     return slots, inputs
-
-
-def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
-    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), _specs(lane, bucket))
-
-
-def _copy_rows(requests: Sequence[Any], buffer: Any, slot: int) -> None:
-    """Copy leaves into one slot's rows, one after the other; zero the rows left."""
-    at, is_padded = 0, requests[0].shape[1:] != buffer.shape[2:]
-    for leaf in requests:
-        end = at + len(leaf)
-        if is_padded:
-            buffer[(slot, slice(at, end), *map(slice, leaf.shape[1:]))] = leaf
-        else:
-            buffer[slot, at:end] = leaf
-        at = end
-    if at < buffer.shape[1]:
-        buffer[slot, at:] = 0

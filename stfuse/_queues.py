@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Tenant:
         service_s: device seconds it got so far, over its weight.
         turn: the step that served it last.
         is_parked: whether nothing that is ready could serve it.
-        stamp: of its newest entry in a heap.
+        stamp: of its newest entry in a heap; 0 if it has none.
     """
 
     name: str
@@ -134,10 +134,10 @@ class Queues:
     def drop(self, tenant: Tenant, requests: Sequence[int]) -> None:
         """Take requests off a queue."""
         queue, before = tenant.queue, self._head_s(tenant)
-        if len(requests) == len(queue):
-            first, tenant.queue = queue, []
+        gone, first = set(requests), queue[: len(requests)]
+        if all([entry.request in gone for entry in first]):  # as good as always
+            del queue[: len(first)]
         else:
-            gone = set(requests)
             first = [entry for entry in queue if entry.request in gone]
             tenant.queue = [entry for entry in queue if entry.request not in gone]
         for entry in first:
@@ -145,18 +145,17 @@ class Queues:
             self._count(tenant, entry, -1)
         self._moved(tenant, before)
         if tenant.queue:
-            self.place(tenant)
+            if tenant.stamp:  # else whoever took it out of its heap places it again
+                self.place(tenant)
         else:
             self.waiting.pop(tenant.name, None)
             tenant.stamp = 0  # its entries are passed over
             self._on_empty(tenant)
 
-    def charge(self, tenants: Iterable[Tenant], costs_s: Iterable[float]) -> None:
+    def charge(self, tenants: Sequence[Tenant], costs_s: Sequence[float]) -> None:
         """Add what tenants of one step cost to their service, before they leave it."""
-        tenants = list(tenants)
-        costs_s = list(costs_s)
         self._step_s = sum(costs_s)
-        least_s = min(tenant.service_s for tenant in tenants)
+        least_s = min([tenant.service_s for tenant in tenants])
         self._virtual_s = max(self._virtual_s, least_s)
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
             tenant.service_s += cost_s / tenant.weight
@@ -242,6 +241,7 @@ class Queues:
         while heap:
             _, stamp, tenant = heapq.heappop(heap)
             if tenant.stamp == stamp and not tenant.is_parked:
+                tenant.stamp = 0
                 return tenant
         return None
 

@@ -23,6 +23,8 @@ Rules:
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from stfuse._admission import Admission, Bounds
@@ -161,14 +163,14 @@ class Scheduler:
         """Take tenants in the order to be served; drop what cannot be in time."""
         turn = self._num_steps % _BEST_EFFORT_EVERY
         is_patient_first = turn == _BEST_EFFORT_EVERY - 1
+        pace, until_s = self._admission.pace, -math.inf
+        if self._is_contended:
+            until_s = now_s + pace.busy_s(now_s) + pace.step_s
         for tenant in self._queues.in_order(is_patient_first=is_patient_first):
-            if self._is_contended:
-                pace = self._admission.pace
-                until_s = now_s + pace.busy_s(now_s) + pace.step_s
+            if tenant.queue[0].deadline_s <= until_s:
                 hopeless = self._queues.late(tenant, until_s)
-                if hopeless:
-                    self._queues.drop(tenant, hopeless)
-                    expired += hopeless
+                self._queues.drop(tenant, hopeless)
+                expired += hopeless
             if tenant.queue:
                 seen.append(tenant)
                 yield tenant
@@ -184,9 +186,10 @@ class Scheduler:
         """Return who may share a step with the first tenant, in order."""
         if self._policy is not Policy.SPACE_TIME:  # a lane has one tenant
             return [first]
-        found, most = [first], _LOOK_AHEAD * lane.slots
-        while len(found) < most and (tenant := _at(seen, i := i + 1, order)):
-            if tenant.lane == first.lane:
+        most, name = _LOOK_AHEAD * lane.slots, first.lane
+        found = [tenant for tenant in seen[i:] if tenant.lane == name]
+        while len(found) < most and (tenant := next(order, None)):
+            if tenant.lane == name:
                 found.append(tenant)
         return found
 
@@ -257,7 +260,12 @@ class Scheduler:
 
     def _chunks(self, tenant: Tenant, max_rows: int, limit: int) -> list[Chunk]:
         """Cut the front of a queue into slots; stop at a request that fits none."""
+        _, request, rows, _, length, _ = tenant.queue[0]
         is_one = self._policy is Policy.TIME
+        is_full = rows == max_rows and limit == 1
+        if rows <= max_rows and (is_one or is_full or len(tenant.queue) == 1):
+            species = tenant.species[length]
+            return [Chunk(tenant.name, (request,), rows, length, species)]
         found: list[tuple[list[int], int, int]] = []  # requests, rows, length
         place: dict[int, int] = {}  # where each length's last chunk stands
         for entry in tenant.queue:
@@ -283,7 +291,8 @@ class Scheduler:
         self, lane: LaneBuckets, first: Tenant, mates: Sequence[Tenant], now_s: float
     ) -> tuple[Bucket, list[Chunk]] | None:
         """Return the bucket of most rows a second that serves the first tenant."""
-        most_slots, head_s = lane.slots, first.queue[0].deadline_s
+        head_s = first.queue[0].deadline_s
+        alike = Counter([t.species for t in mates])  # who compete for the same slots
         cut: list[list[Chunk]] = []
         is_whole = False  # every queue fits in one slot: more rows would change nothing
         max_rows = most = 0  # of a slot, and of all that there is to serve
@@ -292,7 +301,14 @@ class Scheduler:
             if bucket.rows != max_rows:
                 max_rows = bucket.rows
                 if not is_whole:
-                    cut = [self._chunks(t, max_rows, most_slots) for t in mates]
+                    cut = [
+                        self._chunks(
+                            t,
+                            max_rows,
+                            lane.most_slots(len(t.species), alike[t.species]),
+                        )
+                        for t in mates
+                    ]
                     is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
                     most = sum([c.rows for own in cut for c in own])
             is_in_time = self._is_contended or now_s + times.p99_s <= head_s
@@ -328,17 +344,13 @@ class Scheduler:
     ) -> None:
         """Remove chunks from the queues, and charge their tenants."""
         step_s = lane.ready[bucket].step_s
-        total_rows = sum(chunk.rows for chunk in chunks)
+        row_s = step_s / sum([chunk.rows for chunk in chunks])
         self._num_steps += 1
-        costs_s: dict[str, float] = {}
-        for chunk in chunks:
-            tenant = self._tenants[chunk.tenant]
+        tenants = [self._tenants[chunk.tenant] for chunk in chunks]
+        self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
+        for tenant, chunk in zip(tenants, chunks, strict=True):
             tenant.turn = self._num_steps
-            cost_s = step_s * chunk.rows / total_rows
-            costs_s[chunk.tenant] = costs_s.get(chunk.tenant, 0.0) + cost_s
-        self._queues.charge([self._tenants[n] for n in costs_s], costs_s.values())
-        for chunk in chunks:
-            self._queues.drop(self._tenants[chunk.tenant], chunk.requests)
+            self._queues.drop(tenant, chunk.requests)
         self._is_contended = len(self._queues) > 0
         self._admission.pace.start(now_s, step_s, lane.slots, lane.rows, lane.is_dense)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from jax.profiler import StepTraceAnnotation
 
-from stfuse import _flight, _lane
+from stfuse import _flight, _lane, _staging
 from stfuse._answers import settle
 from stfuse._books import Books
 from stfuse._errors import ClosedError, DeadlineError, DeviceError, QueueFullError
@@ -308,7 +308,7 @@ class Server:
         return Ready(lane.name, bucket, *self.members.costs.record(key, step_s))
 
     def _time_step(self, lane: Lane, bucket: Bucket) -> float:
-        slots, inputs = _lane.sample(lane, bucket)
+        slots, inputs = _staging.sample(lane, bucket)
         start_s = self.clock()
         step = lane.steps[bucket]
         self.device.read(self.device.launch(step, lane.bank.stacks, slots, inputs))
@@ -344,7 +344,7 @@ class Server:
     ) -> Flight:
         lane, bucket = self.lanes[batch.lane], batch.bucket
         leaves_of = {number: r.leaves for number, r in requests.items()}
-        slots, inputs, placed = _lane.stage(lane, bucket, batch.chunks, leaves_of)
+        slots, inputs, placed = _staging.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
         self._num_launches += 1
         with StepTraceAnnotation("stfuse_step", step_num=self._num_launches):
@@ -373,7 +373,7 @@ class Server:
         ready = self._ready(lane, bucket, step_s)
         record = _flight.record(flight, now_s, step_s)
         answers = _flight.answers(flight, outputs)
-        _lane.release(lane, bucket, *flight.staged)
+        _staging.release(lane, bucket, *flight.staged)
         with self.lock:
             if self.lanes.get(lane.name) is lane:
                 self.scheduler.handle(ready)

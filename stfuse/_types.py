@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 ApplyFn = Callable[[Any, Any], Any]
 Clock = Callable[[], float]
@@ -45,6 +45,11 @@ class Bucket:
 
     slots: tuple[int, ...]
     rows: int
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """K of each species that takes part."""
+        return {s: k for s, k in enumerate(self.slots) if k}
 
     def __str__(self) -> str:
         """Print as ``16+8x4``: slots of each species, then rows per slot."""
@@ -139,8 +144,7 @@ class Ready:
     p99_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(NamedTuple):  # of which there are many: a dataclass takes longer to make
     """A request arrives; refused with an error, or queued.
 
     Attributes:
@@ -177,8 +181,7 @@ class Drain:
 Event = Join | Leave | Install | Ready | Submit | Cancel | Drain
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Requests of one tenant and one length that fill one slot.
 
     Attributes:

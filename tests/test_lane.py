@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stfuse
-from stfuse import _lane
+from stfuse import _lane, _staging
 from stfuse._cost import RECORDS
 from stfuse._device import JaxDevice
 from stfuse._lane import Member
@@ -46,17 +46,17 @@ def run(lane, bucket, requests):
     """Serve ``{tenant: inputs}`` in one step; return ``{tenant: outputs}``."""
     cost = lane.plan.cost
     chunks = [Chunk(name, (i,), len(x)) for i, (name, x) in enumerate(requests.items())]
-    leaves_of = {i: [x] for i, x in enumerate(requests.values())}
+    leaves_of = {i: [x.tobytes()] for i, x in enumerate(requests.values())}
     if bucket not in lane.steps:
         lane.steps[bucket] = _lane.compile_bucket(lane, bucket, DEVICE, cost=cost)
-    slots, buffers, placed = _lane.stage(lane, bucket, chunks, leaves_of)
+    slots, buffers, placed = _staging.stage(lane, bucket, chunks, leaves_of)
     launched = DEVICE.launch(lane.steps[bucket], lane.bank.stacks, slots, buffers)
     outputs = DEVICE.read(launched)
-    _lane.release(lane, bucket, slots, buffers)
+    _staging.release(lane, bucket, slots, buffers)
     return {
         chunk.tenant: cut(
             outputs,
-            _lane.cut_places(lane, bucket, s),
+            _staging.cut_places(lane, bucket, s),
             k,
             0,
             chunk.rows,
@@ -96,9 +96,10 @@ def test_failure_18_nothing_of_an_earlier_request_stays_in_a_buffer():
 def test_several_requests_of_one_tenant_share_a_slot_in_order():
     lane = build(affine_job("a"))
     bucket = Bucket((1,), 4)
-    leaves_of = {7: [np.full((2, 3), 1, "f")], 9: [np.full((1, 3), 2, "f")]}
+    ones, twos = np.full((2, 3), 1, "f"), np.full((1, 3), 2, "f")
+    leaves_of = {7: [ones.tobytes()], 9: [twos.tobytes()]}
     chunk = Chunk("a", (7, 9), 3)
-    _, buffers, placed = _lane.stage(lane, bucket, [chunk], leaves_of)
+    _, buffers, placed = _staging.stage(lane, bucket, [chunk], leaves_of)
     assert placed == [(0, 0)]
     assert buffers[0][0, :, 0].tolist() == [1, 1, 2, 0]
 
