@@ -6,6 +6,8 @@ a request that expires in its queue.
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass, fields
 
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
@@ -16,6 +18,13 @@ from stfuse._types import Policy, Submit
 _CALL = "`stfuse.Engine.submit`"
 _KEPT = 0.8  # of the old average when a step is added to it
 _MOST_STEPS = 2  # in flight: what is running cannot take longer
+_WHAT = (  # of what a bound is exceeded, in the order of `Bounds`
+    "requests waiting, its max_queue_size",
+    "rows waiting, its max_queue_rows",
+    "bytes waiting, its max_queue_bytes",
+    "rows of all jobs before it, and max_total_rows",
+    "bytes of all jobs before it, and max_total_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,8 @@ class Admission:
         """Start with an unknown pace."""
         self.pace = Pace()
         self._policy = policy
-        self._bounds = bounds
+        most = [getattr(bounds, field.name) for field in fields(bounds)]
+        self._most = [math.inf if each is None else each for each in most]
 
     def check(self, event: Submit, tenant: Tenant | None, queues: Queues) -> Tenant:
         """Return whose request it is, if it is taken.
@@ -113,7 +123,8 @@ class Admission:
                 f"pass deadline_s > 0.",
                 jobs=(event.tenant,),
             )
-        self._check_room(event, tenant, queues)
+        if not self._has_room(event, tenant, queues):
+            raise self._full(event, tenant, queues)
         if event.deadline_s is not None and self.pace.step_s:
             wait_s = self._wait_s(event, tenant, queues)
             if event.now_s + wait_s > event.deadline_s:
@@ -125,45 +136,30 @@ class Admission:
                 )
         return tenant
 
-    def _check_room(self, event: Submit, tenant: Tenant, queues: Queues) -> None:
-        bounds = self._bounds
-        num = len(tenant.queue)
-        for has, more, most, what in (
-            (num, 1, bounds.max_queue_size, "requests waiting, its max_queue_size"),
-            (
-                tenant.rows,
-                event.rows,
-                bounds.max_queue_rows,
-                "rows waiting, its max_queue_rows",
-            ),
-            (
-                tenant.num_bytes,
-                event.num_bytes,
-                bounds.max_queue_bytes,
-                "bytes waiting, its max_queue_bytes",
-            ),
-            (
-                queues.rows,
-                event.rows,
-                bounds.max_total_rows,
-                "rows of all jobs before it, and max_total_rows",
-            ),
-            (
-                queues.num_bytes,
-                event.num_bytes,
-                bounds.max_total_bytes,
-                "bytes of all jobs before it, and max_total_bytes",
-            ),
-        ):
-            if most is not None and has + more > most:
-                after_s = self._room_after_s(event, queues)
-                wait = f" in {after_s:.3g} s" if after_s else ""
-                raise QueueFullError(
-                    f"{_CALL}: job '{event.tenant}' has {has} {what} is {most}; submit "
-                    f"again{wait}, after some were answered.",
-                    jobs=(event.tenant,),
-                    retry_after_s=after_s,
-                )
+    def _has_room(self, event: Submit, tenant: Tenant, queues: Queues) -> bool:
+        most_requests, most_rows, most_bytes, all_rows, all_bytes = self._most
+        return (
+            len(tenant.queue) < most_requests
+            and tenant.rows + event.rows <= most_rows
+            and tenant.num_bytes + event.num_bytes <= most_bytes
+            and queues.rows + event.rows <= all_rows
+            and queues.num_bytes + event.num_bytes <= all_bytes
+        )
+
+    def _full(self, event: Submit, tenant: Tenant, queues: Queues) -> QueueFullError:
+        rows, num_bytes = event.rows, event.num_bytes
+        own = len(tenant.queue), tenant.rows, tenant.num_bytes
+        has = *own, queues.rows, queues.num_bytes
+        needs = map(operator.add, has, (1, rows, num_bytes, rows, num_bytes))
+        which = [*map(operator.le, needs, self._most)].index(False)
+        after_s = self._room_after_s(event, queues)
+        wait = f" in {after_s:.3g} s" if after_s else ""
+        return QueueFullError(
+            f"{_CALL}: job '{event.tenant}' has {has[which]} {_WHAT[which]} is "
+            f"{self._most[which]}; submit again{wait}, after some were answered.",
+            jobs=(event.tenant,),
+            retry_after_s=after_s,
+        )
 
     def _room_after_s(self, event: Submit, queues: Queues) -> float | None:
         """Return when a request of this tenant will have left its queue."""

@@ -153,18 +153,17 @@ def answers(flight: Flight, outputs: Any) -> list[tuple[int, Any]]:
 def record(flight: Flight, now_s: float, step_s: float) -> StepRecord:
     """Return what a step did, for the metrics."""
     rows: dict[str, int] = {}
-    latencies_s: dict[str, tuple[float, ...]] = {}
+    latencies_s: dict[str, list[float]] = {}
     late: dict[str, int] = {}
     for chunk in flight.batch.chunks:
         name = chunk.tenant
         rows[name] = rows.get(name, 0) + chunk.rows
-        waited = []
+        waited = latencies_s.setdefault(name, [])
         for number in chunk.requests:
             request = flight.requests[number]
             waited.append(now_s - request.submitted_s)
             if request.deadline_s is not None and now_s > request.deadline_s:
                 late[name] = late.get(name, 0) + 1
-        latencies_s[name] = (*latencies_s.get(name, ()), *waited)
     return StepRecord(
         lane=flight.lane.name,
         bucket=flight.batch.bucket,

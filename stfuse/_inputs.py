@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,10 @@ class Form:
         structure: of the inputs.
         leaves: per leaf its dtype and its row's shape.
         is_plain: whether requests have rows, all of one shape.
+        is_array: whether they are plain, and one array each.
     """
 
-    __slots__ = ("is_plain", "job", "leaves", "structure")
+    __slots__ = ("is_array", "is_plain", "job", "leaves", "structure")
 
     def __init__(self, job: Job) -> None:
         """Read a job's specs."""
@@ -58,6 +60,7 @@ class Form:
         self.structure = jax.tree.structure(job.row)
         self.leaves = [(x.dtype, x.shape) for x in jax.tree.leaves(job.row)]
         self.is_plain = job.batched and job.lengths is None and bool(self.leaves)
+        self.is_array = self.is_plain and self.structure == jax.tree.structure(0)
 
     def check(self, inputs: Any, most_rows: int, *, call: str) -> Checked:
         """Return a request's inputs as bytes; `check_inputs` without its detours.
@@ -72,11 +75,12 @@ class Form:
         Raises:
             RequestError: as of `check_inputs`, or too many rows.
         """
-        rows, leaves = 0, []
-        try:
-            found = self.structure.flatten_up_to(inputs) if self.is_plain else ()
-        except (ValueError, TypeError):
-            found = ()
+        rows, leaves, found = 0, [], ()
+        if self.is_array:
+            found = (inputs,)
+        elif self.is_plain:
+            with contextlib.suppress(ValueError, TypeError):
+                found = self.structure.flatten_up_to(inputs)
         for x, (dtype, shape) in zip(found, self.leaves):  # noqa: B905, it costs
             if type(x) is not np.ndarray or x.dtype != dtype or not x.ndim:
                 break

@@ -348,10 +348,13 @@ class Metrics:
         self._slots_rows += sum(record.bucket.slots) * record.bucket.rows
         self._device_s += record.step_s
         key = (record.lane, record.bucket)
-        bucket = self._buckets.setdefault(key, _BucketTally())
-        bucket.add(record.predicted_s, record.step_s)
+        if key not in self._buckets:
+            self._buckets[key] = _BucketTally()
+        self._buckets[key].add(record.predicted_s, record.step_s)
         for name, latencies_s in record.latencies_s.items():
-            tally = self._tenants.setdefault(name, _Tally())
+            tally = self._tenants.get(name)
+            if tally is None:
+                tally = self._tenants[name] = _Tally()
             self._served += len(latencies_s)
             tally.served += len(latencies_s)
             tally.rows += record.rows[name]

@@ -108,25 +108,20 @@ class Queues:
 
     def add(self, tenant: Tenant, event: Submit) -> None:
         """Queue a request."""
-        deadline_s = math.inf if event.deadline_s is None else event.deadline_s
-        entry = Entry(
-            deadline_s,
-            event.request,
-            event.rows,
-            event.now_s,
-            event.length,
-            event.num_bytes,
-        )
-        self._owner[event.request] = tenant
+        request, _, rows, now_s, deadline_s, length, num_bytes = event
+        if deadline_s is None:
+            deadline_s = math.inf
+        entry = Entry(deadline_s, request, rows, now_s, length, num_bytes)
+        self._owner[request] = tenant
         queue, before = tenant.queue, self._head_s(tenant)
+        self._count(tenant, rows, num_bytes)
+        if queue and queue[-1] < entry:
+            queue.append(entry)
+            return
         if not queue:
             tenant.service_s = max(tenant.service_s, self._virtual_s)
             self.waiting[tenant.name] = tenant
-        if queue and queue[-1] < entry:
-            queue.append(entry)
-        else:
-            bisect.insort(queue, entry)
-        self._count(tenant, entry, 1)
+        bisect.insort(queue, entry)
         if queue[0] is entry:
             self._moved(tenant, before)
             self.place(tenant)
@@ -134,15 +129,16 @@ class Queues:
     def drop(self, tenant: Tenant, requests: Sequence[int]) -> None:
         """Take requests off a queue."""
         queue, before = tenant.queue, self._head_s(tenant)
-        gone, first = set(requests), queue[: len(requests)]
-        if all([entry.request in gone for entry in first]):  # as good as always
+        first = queue[: len(requests)]
+        if [entry.request for entry in first] == [*requests]:  # as good as always
             del queue[: len(first)]
         else:
+            gone = set(requests)
             first = [entry for entry in queue if entry.request in gone]
             tenant.queue = [entry for entry in queue if entry.request not in gone]
         for entry in first:
             del self._owner[entry.request]
-            self._count(tenant, entry, -1)
+            self._count(tenant, -entry.rows, -entry.num_bytes)
         self._moved(tenant, before)
         if tenant.queue:
             if tenant.stamp:  # else whoever took it out of its heap places it again
@@ -166,10 +162,10 @@ class Queues:
         tenant.stamp = self._num_stamps
         if tenant.is_parked:
             return
-        deadline_s, request, *_ = tenant.queue[0]
+        deadline_s, request, _, _, _, _ = tenant.queue[0]
         if self._is_round_robin:
             key, heap = (tenant.turn, request), self._patient
-        elif math.isinf(deadline_s) or self._is_ahead(tenant):
+        elif deadline_s == math.inf or self._is_ahead(tenant):
             key, heap = (tenant.service_s, request), self._patient
         else:
             key, heap = (deadline_s, tenant.service_s, request), self._urgent
@@ -245,11 +241,11 @@ class Queues:
                 return tenant
         return None
 
-    def _count(self, tenant: Tenant, entry: Entry, sign: int) -> None:
-        tenant.rows += sign * entry.rows
-        tenant.num_bytes += sign * entry.num_bytes
-        self.rows += sign * entry.rows
-        self.num_bytes += sign * entry.num_bytes
+    def _count(self, tenant: Tenant, rows: int, num_bytes: int) -> None:
+        tenant.rows += rows
+        tenant.num_bytes += num_bytes
+        self.rows += rows
+        self.num_bytes += num_bytes
 
     def _head_s(self, tenant: Tenant) -> float:
         return tenant.queue[0].deadline_s if tenant.queue else math.inf

@@ -112,9 +112,7 @@ class Scheduler:
         """
         match event:
             case Submit():
-                known = self._tenants.get(event.tenant)
-                tenant = self._admission.check(event, known, self._queues)
-                self._queues.add(tenant, event)
+                self.submit(event)
             case Cancel():
                 tenant = self._queues.owner(event.request)
                 if tenant is not None:
@@ -129,6 +127,12 @@ class Scheduler:
                 self._tenants[event.tenant] = Tenant(event.tenant, event.weight)
             case Leave():
                 self._leave(event.tenant)
+
+    def submit(self, event: Submit) -> None:
+        """Take note of the event that there are most of; as `handle` does."""
+        known = self._tenants.get(event.tenant)
+        tenant = self._admission.check(event, known, self._queues)
+        self._queues.add(tenant, event)
 
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
@@ -293,6 +297,7 @@ class Scheduler:
         """Return the bucket of most rows a second that serves the first tenant."""
         head_s = first.queue[0].deadline_s
         alike = Counter([t.species for t in mates])  # who compete for the same slots
+        limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
         cut: list[list[Chunk]] = []
         is_whole = False  # every queue fits in one slot: more rows would change nothing
         max_rows = most = 0  # of a slot, and of all that there is to serve
@@ -301,14 +306,7 @@ class Scheduler:
             if bucket.rows != max_rows:
                 max_rows = bucket.rows
                 if not is_whole:
-                    cut = [
-                        self._chunks(
-                            t,
-                            max_rows,
-                            lane.most_slots(len(t.species), alike[t.species]),
-                        )
-                        for t in mates
-                    ]
+                    cut = [self._chunks(t, max_rows, limits[t.species]) for t in mates]
                     is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
                     most = sum([c.rows for own in cut for c in own])
             is_in_time = self._is_contended or now_s + times.p99_s <= head_s

@@ -61,9 +61,9 @@ class Server:
     def __init__(self, scheduler: Scheduler, device: Device, clock: Clock) -> None:
         """Start with nothing to serve."""
         # Two conditions of one lock: a submit must wake the device thread only.
-        inner = threading.RLock()
-        self.lock = threading.Condition(inner)
-        self._work = threading.Condition(inner)
+        self._inner = threading.RLock()
+        self.lock = threading.Condition(self._inner)
+        self._work = threading.Condition(self._inner)
         self._is_idle = False
         self.scheduler = scheduler
         self.device = device
@@ -147,7 +147,8 @@ class Server:
             DeviceError: the device is lost, or the job in quarantine.
         """
         name, faults = tenant.job.name, self.faults
-        with self.lock:
+        num_bytes = inputs.num_bytes
+        with self._inner:  # the lock itself: its condition is one more call
             if self.is_closed:
                 raise ClosedError(CLOSED, jobs=(name,))
             if faults.state.reason or faults.quarantine:
@@ -156,9 +157,16 @@ class Server:
             number = self.books.next_number()
             until_s = None if deadline_s is None else now_s + deadline_s
             try:
-                what = inputs.length, inputs.num_bytes
-                self.scheduler.handle(
-                    Submit(number, name, inputs.rows, now_s, until_s, *what)
+                self.scheduler.submit(
+                    Submit(
+                        number,
+                        name,
+                        inputs.rows,
+                        now_s,
+                        until_s,
+                        inputs.length,
+                        num_bytes,
+                    )
                 )
             except (QueueFullError, DeadlineError) as error:
                 is_full = isinstance(error, QueueFullError)

@@ -12,7 +12,7 @@ served by one compiled step; a *bucket* is the shape that a step was compiled fo
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -243,7 +243,7 @@ class StepRecord:
     step_s: float
     predicted_s: float
     rows: dict[str, int]
-    latencies_s: dict[str, tuple[float, ...]]
+    latencies_s: Mapping[str, Sequence[float]]
     late: dict[str, int]
 
 
