@@ -14,7 +14,7 @@ import stfuse
 from stfuse import _lower, _trace
 from stfuse._cost import RECORDS
 from stfuse._lower import _conv_kernel, _indexed, _store
-from tests.test_lower import NUM_SLOTS, conv_op, op_of
+from tests.test_lower import NUM_SLOTS, compute, conv_op, op_of
 
 BOTH = (True, True)
 
@@ -78,6 +78,34 @@ def test_only_a_product_of_few_rows_may_avoid_the_matrix_unit(rows):
     op = op_of(lambda w, x: x @ w, np.ones((3, 2), "f"), np.ones((1, 3), "f"))
     ways = _lower.candidates(op, BOTH, rows, NUM_SLOTS)
     assert ("multiply_reduce" in ways) == (rows <= 8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "m", "k", "n", "is_ragged"),
+    [
+        (1, 16, 32, 48, False),
+        (1, 15, 32, 48, True),
+        (1, 16, 31, 48, True),
+        (1, 16, 32, 49, True),
+        (1, 1, 32, 48, True),
+        (4, 1, 32, 48, False),  # its rows are hidden from it
+        (4, 1, 31, 48, False),
+        (4, 3, 32, 48, True),
+        (1, 0, 31, 48, False),
+    ],
+)
+def test_only_a_product_that_ends_within_a_tile_is_padded(rows, m, k, n, is_ragged):
+    w, x = np.ones((k, n), "f"), np.ones((m, k), "f")
+    op = op_of(lambda w, x: x @ w, w, x)
+    assert ("padded" in _lower.candidates(op, BOTH, rows, NUM_SLOTS)) == is_ragged
+
+
+def test_what_pads_a_product_meets_nothing_that_is_not_finite():
+    x, w = np.ones((NUM_SLOTS, 3, 5), "f"), np.ones((NUM_SLOTS, 5, 7), "f")
+    x[0, 1, 2], w[1, 4, 6] = np.inf, np.nan
+    op = op_of(lambda w, x: x @ w, w[0], x[0])
+    expected, actual = (compute(way, op, (x, w), BOTH) for way in ("native", "padded"))
+    np.testing.assert_array_equal(actual, expected)
 
 
 NHWC = ("NHWC", "HWIO", "NHWC")

@@ -59,6 +59,7 @@ _CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "dot_general": {
         "swapped": Candidate(lambda op, rows: True, _dot.swapped),
+        "padded": Candidate(_dot.is_ragged, _dot.padded),
         "multiply_reduce": Candidate(_dot.has_few_rows, _dot.multiply_reduce),
     },
 }
