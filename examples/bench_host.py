@@ -1,23 +1,55 @@
 """Time the host alone: what a request costs before and after the device.
 
-The device computes nothing and takes no time. Every round, one thread submits a request
-of each tenant while the device is held, then lets go: the engine decides, stages,
-launches and answers them as one step, with nobody beside it. Medians over rounds.
+The device computes nothing, and takes time only: a step of any size the same. Every
+round, one thread submits a request of each tenant while the device is held, then lets
+go: the engine decides, stages, launches and answers them as one step, with nobody
+beside it. Medians over rounds. Then one client asks as fast as it gets answers: what
+the engine serves of what such a device could.
 """
 
 import dataclasses
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 from absl import app, flags
 
 import stfuse
+from examples import load, streams
 from stfuse.testing import FakeDevice, affine_job
 
 _TENANTS = flags.DEFINE_integer("tenants", 64, "One request each.", lower_bound=2)
 _WIDTH = flags.DEFINE_integer("width", 64, "Features of a row.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 300, "Steps timed.", lower_bound=1)
+_STEP_MS = flags.DEFINE_float("step_ms", 0.6, "Of the device.", lower_bound=0.0)
+_SECONDS = flags.DEFINE_float("seconds", 3.0, "Of the closed loop; 0 for none.")
+
+
+class PacedDevice(FakeDevice):
+    """Runs steps one after the other, in time but on no processor.
+
+    Args:
+        step_s: seconds of a step.
+    """
+
+    def __init__(self, step_s: float) -> None:
+        """Start idle."""
+        super().__init__(step_s=0.0, computes=False)
+        self._step_s, self._free_s = step_s, 0.0
+
+    def launch(self, *step: Any) -> Any:
+        """Start a step once those before it have ended."""
+        outputs = super().launch(*step)
+        self._free_s = max(time.perf_counter(), self._free_s) + self._step_s
+        return self._free_s, outputs
+
+    def read(self, outputs: Any) -> Any:
+        """Wait for a step."""
+        end_s, arrays = outputs
+        time.sleep(max(end_s - time.perf_counter(), 0.0))
+        return super().read(arrays)
 
 
 def host_s(engine: stfuse.Engine) -> dict[str, float]:
@@ -30,7 +62,7 @@ def host_s(engine: stfuse.Engine) -> dict[str, float]:
 
 def time_round(engine: stfuse.Engine, device: FakeDevice) -> dict[str, float]:
     """Return host microseconds per request of one full step, by stage."""
-    x = np.ones((1, _WIDTH.value), np.float32)
+    x = np.ones((_ROWS.value, _WIDTH.value), np.float32)
     names = [f"tenant-{i}" for i in range(_TENANTS.value)]
     before = host_s(engine)
     launches = device.num_launches
@@ -52,24 +84,52 @@ def time_round(engine: stfuse.Engine, device: FakeDevice) -> dict[str, float]:
     return {"submit": submit_us} | {k: s * per_request for k, s in spent.items()}
 
 
+def saturate(engine: stfuse.Engine) -> None:
+    """Ask in a closed loop; print what came of it."""
+    x = np.ones((_ROWS.value, _WIDTH.value), np.float32)
+    num = _TENANTS.value
+    targets = [load.Target(f"tenant-{i}", [x]) for i in range(num)]
+    stream = streams.in_turn(int(200_000 * _SECONDS.value), num, 1)
+    before = engine.stats()
+    run = load.saturate(
+        engine, targets, stream, _SECONDS.value, 4 * num, keep_every=1024
+    )
+    after = engine.stats()
+    fill = (after.rows - before.rows) / (after.steps - before.steps) / _ROWS.value
+    print(
+        f"saturated: {run.answered_per_s:,.0f} requests/s in steps of {fill:.1f}, "
+        f"{1e6 / run.answered_per_s:.1f} us each, client and its callback included"
+    )
+    if _STEP_MS.value:
+        device_per_s = 1e3 * num / _STEP_MS.value
+        share = run.answered_per_s / device_per_s
+        print(f"the device could serve {device_per_s:,.0f}: {share:.2f} of that")
+
+
 def main(argv: list[str]) -> None:
     """Serve, time, print."""
     del argv
-    device = FakeDevice(step_s=0.0, computes=False)
-    with stfuse.Engine(device=device, max_slots=_TENANTS.value) as engine:
+    device, num = PacedDevice(_STEP_MS.value / 1e3), _TENANTS.value
+    with stfuse.Engine(
+        device=device, max_slots=num, max_batch_size=_ROWS.value
+    ) as engine:
         jobs = [
             affine_job(f"tenant-{i}", scale=float(i), width=_WIDTH.value)
-            for i in range(_TENANTS.value)
+            for i in range(num)
         ]
         for ready in [engine.add(job) for job in jobs]:
             ready.result()
         found = [time_round(engine, device) for _ in range(_ROUNDS.value)]
-        fill = engine.stats().rows / engine.stats().steps
-    print(f"{_TENANTS.value} tenants, {fill:.1f} requests a step on average")
-    print(f"{'stage':<10}{'median us/request':>20}{'least':>10}")
-    total = {"total": [sum(each.values()) for each in found]}
-    for name, each in ({k: [f[k] for f in found] for k in found[0]} | total).items():
-        print(f"{name:<10}{statistics.median(each):>20.2f}{min(each):>10.2f}")
+        fill = engine.stats().rows / engine.stats().steps / _ROWS.value
+        print(f"{num} tenants, {fill:.1f} requests a step on average")
+        print(f"{'stage':<10}{'median us/request':>20}{'least':>10}")
+        total = {"total": [sum(each.values()) for each in found]}
+        for name, each in (
+            {k: [f[k] for f in found] for k in found[0]} | total
+        ).items():
+            print(f"{name:<10}{statistics.median(each):>20.2f}{min(each):>10.2f}")
+        if _SECONDS.value:
+            saturate(engine)
 
 
 if __name__ == "__main__":

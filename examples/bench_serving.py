@@ -141,7 +141,13 @@ def sweep(engine: stfuse.Engine, fleet: Fleet, options: goals.Options) -> dict:
             _CV.value,
         )
         before = engine.stats()
-        run = load.replay(engine, fleet.targets, stream, deadline_s)
+        run = load.replay(
+            engine,
+            fleet.targets,
+            stream,
+            deadline_s,
+            keep_every=goals.KEEP_EVERY,
+        )
         found = load.summarize(run, deadline_s, options.warm_s, options.seconds)
         per_step = goals.tenants_per_step(before, engine.stats())
         options.report(run)

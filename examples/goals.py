@@ -36,6 +36,7 @@ HIGH_LOAD = 0.7  # of the capacity
 WINDOW_STEPS = 4  # full steps' requests that a closed loop keeps outstanding
 MIN_DURING_S = 0.5  # a join may be over before a percentile means anything
 BARE_ROUNDS = 5
+KEEP_EVERY = 17  # answers that are compared; odd, so that no tenant is left out
 MOST_PER_S = 200_000  # requests that a closed loop may get through
 
 
@@ -78,7 +79,14 @@ def capacity(
     else:
         stream = make_stream(1.0, most, shares, num_inputs, options.seed)
     before = engine.stats()
-    run = saturate(engine, fleet.targets, stream, options.seconds, outstanding)
+    run = saturate(
+        engine,
+        fleet.targets,
+        stream,
+        options.seconds,
+        outstanding,
+        keep_every=KEEP_EVERY,
+    )
     after = engine.stats()
     options.report(run)
 
@@ -187,7 +195,7 @@ def against_bare(
     rate = HIGH_LOAD * run.answered_per_s
     num_inputs = len(fleet.targets[0].inputs)
     stream = make_stream(rate, options.seconds, equal, num_inputs, options.seed)
-    loaded = replay(engine, fleet.targets, stream, None)
+    loaded = replay(engine, fleet.targets, stream, None, keep_every=KEEP_EVERY)
     options.report(loaded)
     found = summarize(loaded, None, options.warm_s, options.seconds)
     rows_per_s = run.answered_per_s * fleet.rows
@@ -239,7 +247,9 @@ def isolation(
     for _ in range(rounds):
         for case, shares in (("peaceful", OWN_SHARE), ("abusive", ABUSE)):
             own = make_stream(shares * share, seconds, one, num_inputs, seed + 1)
-            runs = replay_all(engine, fleet.targets, (others, own), deadline_s)
+            runs = replay_all(
+                engine, fleet.targets, (others, own), deadline_s, KEEP_EVERY
+            )
             record = {}
             for name, run in zip(("others", "first"), runs, strict=True):
                 options.report(run)
@@ -296,7 +306,7 @@ def joining(
 
     with no_collections(), ThreadPoolExecutor(1) as pool:
         adding = pool.submit(add)
-        run = replay(engine, fleet.targets, stream, None)
+        run = replay(engine, fleet.targets, stream, None, keep_every=KEEP_EVERY)
         adding.result()
     options.report(run)
     added_s = marks["added"] - run.start_s

@@ -32,6 +32,8 @@ PERCENTILES = (50.0, 99.0, 99.9)
 REFUSALS = (stfuse.QueueFullError, stfuse.DeadlineError)
 
 Clock = Callable[[], float]
+_SERVED: Future[Any] = Future()  # stands for all whose output is not kept
+_SERVED.set_result(None)
 
 
 class Target(NamedTuple):
@@ -56,7 +58,7 @@ class Run:
             passed before the sender came to them.
         latency_s: from the *intended* send time to the answer, float64 [R]; infinite
             for requests that were not sent, were refused, or expired.
-        outputs: answers, R of them; None for requests that were not answered.
+        outputs: answers, R of them; None if not answered, or not kept.
         answered_per_s: answers per second, after the warm-up in a closed loop.
         start_s: when the stream started, on the sender's clock.
     """
@@ -177,7 +179,9 @@ class _Sender:
         targets: Sequence[Target],
         stream: Stream,
         clock: Clock,
+        keep_every: int,
     ) -> None:
+        self._keep_every = keep_every
         self._submit, self._clock = engine.submit, clock
         self._targets = targets
         self._requests = list(
@@ -186,8 +190,9 @@ class _Sender:
         self.futures: list[Future[Any] | None] = []
         self.sent_s: list[float] = []
         self.done_s = [float("inf")] * len(self._requests)
+        self.done: list[int] = []
 
-    def send(self, now_s: float, deadline_s: float | None, on_done: Any = None) -> None:
+    def send(self, now_s: float, deadline_s: float | None) -> None:
         """Submit the next request; note when it is answered, or that it was refused."""
         i = len(self.futures)
         tenant, row = self._requests[i]
@@ -200,16 +205,17 @@ class _Sender:
         else:
             self.futures.append(future)
             future.add_done_callback(functools.partial(self._stamp, i))
-            if on_done is not None:
-                future.add_done_callback(on_done)
 
     def skip(self) -> None:
         """Leave the next request out: its deadline has passed."""
         self.sent_s.append(float("nan"))
         self.futures.append(None)
 
-    def _stamp(self, i: int, _: Future[Any]) -> None:
+    def _stamp(self, i: int, future: Future[Any]) -> None:
         self.done_s[i] = self._clock()
+        self.done.append(i)
+        if i % self._keep_every and future.exception() is None:
+            self.futures[i] = _SERVED
 
     def answers(self) -> tuple[list[Any], np.ndarray]:
         """Wait for everything sent; return answers, R, and times of answer [R]."""
@@ -236,6 +242,7 @@ def replay(
     deadline_s: float | None,
     *,
     start_s: float | None = None,
+    keep_every: int = 1,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Run:
@@ -250,13 +257,16 @@ def replay(
         stream: what to send.
         deadline_s: for every request, from its intended send time; None for none.
         start_s: when the stream starts, on the clock; None for at once.
+        keep_every: of so many outputs one is kept; the others are dropped as they
+            come, as by a client that is done with them: new memory for each would cost
+            more than the engine does.
         clock: returns seconds.
         sleep: waits for some seconds.
 
     Returns:
         The run, all requests of the stream in it.
     """
-    sender = _Sender(engine, targets, stream, clock)
+    sender = _Sender(engine, targets, stream, clock, keep_every)
     with no_collections():
         if start_s is None:
             start_s = clock() + LEAD_S
@@ -284,6 +294,7 @@ def replay_all(
     targets: Sequence[Target],
     streams: Sequence[Stream],
     deadline_s: float | None,
+    keep_every: int = 1,
 ) -> list[Run]:
     """Send several streams at once, as clients that do not wait for each other.
 
@@ -292,14 +303,16 @@ def replay_all(
         targets: in the order that the streams' indices mean.
         streams: one for each client; each is sent from a thread of its own.
         deadline_s: as for `replay`.
+        keep_every: likewise.
 
     Returns:
         The runs, in the order of the streams.
     """
     with no_collections(), ThreadPoolExecutor(len(streams)) as pool:
         start_s = time.perf_counter() + LEAD_S
+        own = {"start_s": start_s, "keep_every": keep_every}
         sent = [
-            pool.submit(replay, engine, targets, stream, deadline_s, start_s=start_s)
+            pool.submit(replay, engine, targets, stream, deadline_s, **own)
             for stream in streams
         ]
         return [run.result() for run in sent]
@@ -311,6 +324,8 @@ def saturate(
     stream: Stream,
     seconds: float,
     window: int = 512,
+    *,
+    keep_every: int = 1,
 ) -> Run:
     """Send a stream closed loop: as fast as answers come, ``window`` outstanding.
 
@@ -320,24 +335,24 @@ def saturate(
         stream: what to send; its times are not used.
         seconds: how long to send, unless the stream ends before.
         window: the most requests without an answer at any time.
+        keep_every: as for `replay`.
 
     Returns:
         The run, with those requests of the stream that were sent. Latencies in it
-        count from the submission.
+        count from the submission. Outputs that were not kept are None.
     """
-    sender = _Sender(engine, targets, stream, time.perf_counter)
-    done: list[Future[Any]] = []
+    sender = _Sender(engine, targets, stream, time.perf_counter, keep_every)
     num_refused = 0
     with no_collections():
         now_s = start_s = time.perf_counter()
         while now_s - start_s < seconds and len(sender.sent_s) < len(stream.due_s):
-            if len(sender.sent_s) - num_refused - len(done) >= window:
+            if len(sender.sent_s) - num_refused - len(sender.done) >= window:
                 # Refill in bursts: to be woken by every answer would cost the engine
                 # the interpreter, the more the fewer answers a step gives.
                 time.sleep(REFILL_S)
             else:
                 # No deadline: a request that waits long must be answered, not expire.
-                sender.send(now_s, ANSWER_TIMEOUT_S, done.append)
+                sender.send(now_s, ANSWER_TIMEOUT_S)
                 num_refused += sender.futures[-1] is None
             now_s = time.perf_counter()
         stop_s = time.perf_counter()

@@ -295,7 +295,7 @@ class Scheduler:
         self, lane: LaneBuckets, first: Tenant, mates: Sequence[Tenant], now_s: float
     ) -> tuple[Bucket, list[Chunk]] | None:
         """Return the bucket of most rows a second that serves the first tenant."""
-        head_s = first.queue[0].deadline_s
+        head_s, _, least, *_ = first.queue[0]
         alike = Counter([t.species for t in mates])  # who compete for the same slots
         limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
         cut: list[list[Chunk]] = []
@@ -303,6 +303,8 @@ class Scheduler:
         max_rows = most = 0  # of a slot, and of all that there is to serve
         found = []  # what each bucket could do at best
         for bucket, times in lane.ready.items():
+            if bucket.rows < least:
+                continue
             if bucket.rows != max_rows:
                 max_rows = bucket.rows
                 if not is_whole:

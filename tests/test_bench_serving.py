@@ -62,9 +62,9 @@ class HandEngine:
         return future
 
 
-def sent(engine, due_s, deadline_s):
+def sent(engine, due_s, deadline_s, **more):
     stream = streams.Stream(np.array(due_s), np.array([0, 1, 0]), np.array([0, 1, 1]))
-    own = {"clock": engine.clock, "sleep": engine.sleep}
+    own = {"clock": engine.clock, "sleep": engine.sleep} | more
     return load.replay(engine, TARGETS, stream, deadline_s, **own)
 
 
@@ -88,6 +88,16 @@ def test_latency_and_deadline_count_from_the_intended_time_when_the_sender_stall
     np.testing.assert_allclose(deadlines_s, [0.5, 0.35, 0.2])
     assert found.outputs == [10, 21, 11]
     assert found.start_s == 100.0 + load.LEAD_S
+
+
+def test_outputs_may_be_dropped_as_they_come_but_no_time_and_no_error():
+    engine = HandEngine(submit_s=0.25)
+    found = sent(engine, [0.0, 0.1, 0.2], deadline_s=0.5, keep_every=2)
+    assert found.outputs == [10, None, 11]
+    np.testing.assert_allclose(found.latency_s, [0.25, 0.4, 0.55])
+    late = HandEngine(0.25, outcomes=[stfuse.DeadlineError("late")] * 3)
+    found = sent(late, [0.0, 0.1, 0.2], deadline_s=0.5, keep_every=2)
+    assert found.outputs == [None] * 3 and not found.is_answered.any()
 
 
 def test_what_can_no_longer_be_in_time_is_not_sent_but_counted():
@@ -228,7 +238,7 @@ def test_the_step_goals_are_ratios_to_the_bare_step(monkeypatch):
     monkeypatch.setattr(
         goals, "bare_step", lambda fleet, k, b, s: bare | {"at": (k, b)}
     )
-    monkeypatch.setattr(goals, "replay", lambda e, t, stream, d: loaded)
+    monkeypatch.setattr(goals, "replay", lambda e, t, stream, d, **_: loaded)
     monkeypatch.setattr(
         goals, "make_stream", lambda rate, *_: rates.append(rate) or loaded.stream
     )
@@ -255,7 +265,7 @@ def test_tenants_of_steps_between_two_snapshots():
 def test_isolation_compares_the_others_beside_either_tenant(monkeypatch):
     seen = []
 
-    def replay_all(engine, targets, both, deadline_s):
+    def replay_all(engine, targets, both, deadline_s, keep_every):
         seen.append(both)
         others, first = both
         slow = 0.003 if len(first.due_s) > len(others.due_s) else 0.002
