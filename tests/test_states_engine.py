@@ -27,7 +27,7 @@ import stfuse
 from stfuse.testing import FakeDevice, ManualClock, affine_job
 from tests.serving import POLICIES, assert_idle, wait_for
 
-NAMES = ("a", "b", "c")
+NAMES = ("a", "b", "c", "d")
 BAD = -666.0
 names = st.sampled_from(NAMES)
 fresh_widths = itertools.count(4)
@@ -115,6 +115,14 @@ class EngineMachine(RuleBasedStateMachine):
         if self.is_lost:
             self.lives[name].may_be_refused = True
             self.settle_additions()
+
+    @precondition(lambda self: not (self.is_held and self.is_lost))
+    @rule()
+    def add_who_is_missing(self):
+        """They may share a small lane first, and leave it together."""
+        for name in NAMES:
+            if name not in self.lives:
+                self.add(name)
 
     @precondition(
         lambda self: self.is_free() and not self.is_lost and self.num_doomed < 1
