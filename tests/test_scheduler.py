@@ -1,17 +1,13 @@
-"""The scheduler on a virtual clock: rules by hand, then laws over random histories."""
+"""The scheduler on a virtual clock: its rules, by hand."""
 
 import math
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
 from stfuse._scheduler import Scheduler
 from stfuse._types import (
     Bucket,
-    Cancel,
     Drain,
     Install,
     Join,
@@ -274,108 +270,3 @@ def test_requests_of_two_lengths_never_share_a_slot():
     chunks = scheduler.decide(0.0).batch.chunks
     found = [(c.requests, c.length, c.species) for c in chunks]
     assert found == [((0, 2), 0, 0), ((1, 3, 4), 1, 1)]
-
-
-class History(RuleBasedStateMachine):
-    """Random events against a model that only knows who asked for what."""
-
-    TENANTS = ("a", "b", "c", "d", "e")
-    MAX_QUEUE = 4
-
-    def __init__(self):
-        super().__init__()
-        self.now_s = 0.0
-        self.next = 0
-        self.waiting = {}  # request: (tenant, rows, deadline)
-        self.scheduler = Scheduler(
-            Policy.SPACE_TIME, max_batch_size=4, max_queue_size=self.MAX_QUEUE
-        )
-        for name in self.TENANTS:
-            self.scheduler.handle(Join(name))
-        species = {name: (i % 2,) for i, name in enumerate(self.TENANTS)}
-        species["e"] = (0, 1)  # a tenant of two lengths
-        self.capacities = (4, 2)
-        self.species = species
-        self.scheduler.handle(Install("all", self.capacities, species))
-        for slots in ((1, 0), (0, 1), (2, 2), (4, 2)):
-            for rows in (1, 4):
-                step_s = 0.001 * (1 + sum(slots) * rows / 8)
-                self.scheduler.handle(Ready("all", Bucket(slots, rows), step_s))
-
-    @rule(
-        tenant=st.sampled_from(TENANTS),
-        rows=st.integers(1, 4),
-        patience_s=st.none() | st.floats(0.001, 1.0),
-        length=st.integers(0, 1),
-    )
-    def submit(self, tenant, rows, patience_s, length):
-        length = min(length, len(self.species[tenant]) - 1)
-        deadline_s = None if patience_s is None else self.now_s + patience_s
-        request, self.next = self.next, self.next + 1
-        queued = sum(t == tenant for t, *_ in self.waiting.values())
-        try:
-            event = Submit(request, tenant, rows, self.now_s, deadline_s, length)
-            self.scheduler.handle(event)
-        except QueueFullError:
-            assert queued == self.MAX_QUEUE
-        except DeadlineError:  # what runs already takes longer
-            assert deadline_s is not None and queued < self.MAX_QUEUE
-        else:
-            assert queued < self.MAX_QUEUE
-            self.waiting[request] = (tenant, rows, deadline_s, length)
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def cancel(self, data):
-        request = data.draw(st.sampled_from(sorted(self.waiting)))
-        self.scheduler.handle(Cancel(request))
-        del self.waiting[request]
-
-    @rule(by_s=st.floats(0.0, 0.5))
-    def pass_time(self, by_s):
-        self.now_s += by_s
-
-    @rule()
-    def decide(self):
-        decision = self.scheduler.decide(self.now_s)
-        for request in decision.expired:
-            _, _, deadline_s, _ = self.waiting.pop(request)
-            fastest_s = 0.001 * (1 + 1 / 8)
-            assert deadline_s is not None and deadline_s <= self.now_s + fastest_s
-        if decision.batch is None:
-            assert not self.waiting, "work waits, buckets are ready, nothing starts"
-            return
-        slots = [0, 0]
-        for chunk in decision.batch.chunks:
-            of = [self.waiting.pop(request) for request in chunk.requests]
-            assert {tenant for tenant, *_ in of} == {chunk.tenant}
-            assert {length for *_, length in of} == {chunk.length}
-            assert self.species[chunk.tenant][chunk.length] == chunk.species
-            assert sum(rows for _, rows, *_ in of) == chunk.rows
-            assert chunk.rows <= decision.batch.bucket.rows
-            for _, _, deadline_s, _ in of:
-                assert deadline_s is None or deadline_s > self.now_s
-            slots[chunk.species] += 1
-        bucket = decision.batch.bucket
-        for s in (0, 1):
-            assert slots[s] <= bucket.slots[s]
-            if bucket.slots[s] == self.capacities[s]:
-                chunks = decision.batch.chunks
-                own = [c.tenant for c in chunks if c.species == s]
-                assert len(own) == len(set(own))
-
-    @invariant()
-    def it_holds_exactly_what_waits(self):
-        queued = {r for name in self.TENANTS for r in self.scheduler.queued(name)}
-        assert queued == set(self.waiting)
-        assert self.scheduler.num_queued == len(self.waiting)
-
-    def teardown(self):
-        """Everything admitted is served or expires in a bounded number of steps."""
-        for _ in range(len(self.waiting) + 1):
-            self.decide()
-        assert not self.waiting
-
-
-TestHistory = History.TestCase
-TestHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
