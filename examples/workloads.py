@@ -153,13 +153,41 @@ def make_workloads(
     return {workload.name: workload for workload in found}
 
 
-def make_params(workload: Workload, num_jobs: int, dtype: Any) -> list[Params]:
+def make_paper_workloads(dtype: Any, *, is_small: bool = False) -> dict[str, Workload]:
+    """Return those of `make_workloads`, and what the paper's tables need beside them.
+
+    Products are named for the paper's: ``matvec``, ``conv2_2``, ``square``.
+    """
+    found = make_workloads(dtype, is_small=is_small)
+    presets = [resnet.RESNET18, resnet.RESNET34, bert.MINILM_L6]
+    products = [(1, 512, 512), (128, 1152, 256), (256, 256, 256)]
+    num_tokens = 32
+    if is_small:
+        presets = [resnet.TINY, resnet.TINY, bert.TINY_DEEP]
+        products, num_tokens = [(1, 24, 16), (8, 24, 16), (16, 16, 16)], 8
+    shallow, deeper, encoder = (dataclasses.replace(p, dtype=dtype) for p in presets)
+    if not is_small:
+        encoder = dataclasses.replace(encoder, layers=4)
+    more = [
+        _network("resnet18", resnet, shallow, shallow.input_shape),
+        _network("resnet34", resnet, deeper, deeper.input_shape),
+        _encoder("minilm4", encoder, num_tokens, 64),
+    ]
+    for name, sizes in zip(("matvec", "conv2_2", "square"), products, strict=True):
+        more.append(_gemm(GemmConfig(*sizes))._replace(name=name))
+    return found | {workload.name: workload for workload in more}
+
+
+def make_params(
+    workload: Workload, num_jobs: int, dtype: Any, *, first: int = 0
+) -> list[Params]:
     """Return the weights of some models, on the device, model by model.
 
     Args:
         workload: whose.
         num_jobs: how many models.
         dtype: of all leaves.
+        first: number of the first; a number always means the same weights.
     """
 
     @jax.jit
@@ -177,7 +205,8 @@ def make_params(workload: Workload, num_jobs: int, dtype: Any) -> list[Params]:
 
         return jax.tree.map(leaf, params)
 
-    return [draw(key) for key in jax.random.split(jax.random.key(0), num_jobs)]
+    key = jax.random.key(0)
+    return [draw(jax.random.fold_in(key, first + i)) for i in range(num_jobs)]
 
 
 def make_jobs(

@@ -1,0 +1,239 @@
+"""What the parts of `bench_paper` share: time left, how to time, pools of processes."""
+
+import contextlib
+import functools
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from examples import paper_worker
+from examples.processes import Pool, mps, mps_is_available
+from examples.records import Records
+
+LEAD_S = 0.2  # from asking processes until they start together
+MOST_PROCESSES = 40  # at once; MPS lets 48 to 60 in, and each holds device memory
+
+
+class Part(NamedTuple):
+    """What a part of the benchmark is given.
+
+    Attributes:
+        records: where its numbers are kept.
+        scale: ``"full"`` or ``"small"``.
+        seconds: of one measurement.
+        end_s: when to stop, on `time.perf_counter`.
+        processes: most processes at once; 0 for none.
+    """
+
+    records: Records
+    scale: str
+    seconds: float
+    end_s: float
+    processes: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether sizes are those of a test."""
+        return self.scale == "small"
+
+    def measure(
+        self, key: Mapping[str, Any], measure_fn: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Return what was measured for a key, now or before; None if time is up."""
+        key = {**key, "scale": self.scale}
+        found = self.records.get(key)
+        if found is None and time.perf_counter() < self.end_s:
+            found = self.records.add(key, measure_fn())
+            print("  " + line(key, found), flush=True)
+        return found
+
+    def is_done(self, keys: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether all of some keys were measured, or no time is left."""
+        is_late = time.perf_counter() >= self.end_s
+        scaled = ({**key, "scale": self.scale} for key in keys)
+        return is_late or all(self.records.get(key) is not None for key in scaled)
+
+
+def line(key: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """Return a measurement as one line of text."""
+    of = " ".join(str(value) for name, value in key.items() if name != "scale")
+    numbers = ", ".join(
+        f"{name} {value:,.4g}"
+        for name, value in values.items()
+        if isinstance(value, int | float)
+    )
+    return f"{of}: {numbers}"
+
+
+@contextlib.contextmanager
+def pool_of(way: str, num: int) -> Iterator[Pool | None]:
+    """Yield processes that take turns (``"time"``), or share (``"space"``, MPS)."""
+    with contextlib.ExitStack() as stack:
+        env = {}
+        if way == "space":
+            if not mps_is_available():
+                print("  no CUDA MPS here: sharing in space is left out")
+                yield None
+                return
+            env = stack.enter_context(mps())
+        yield stack.enter_context(Pool(num, env))
+
+
+def load(
+    pool: Pool, members: Sequence[tuple[str, int]], what: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give models to as many workers as there are models, or can be.
+
+    Args:
+        pool: the workers.
+        members: workload and number of each model; all of one workload, or no more
+            than there are workers.
+        what: a worker's ``load`` command but for its models.
+
+    Returns:
+        ``processes``, ``difference`` (the largest), ``gpu_bytes`` (all that the device
+        holds; None if its driver does not tell).
+    """
+    num = min(len(pool), len(members))
+    edges = np.linspace(0, len(members), num + 1).astype(int).tolist()
+    commands = []
+    for a, b in zip(edges, edges[1:], strict=False):
+        (name,) = {name for name, _ in members[a:b]}
+        own = {"workload": name, "first": members[a][1], "count": b - a}
+        commands.append({"do": "load", **what, **own})
+    firsts = {command["workload"]: command for command in reversed(commands)}
+    pool.ask([*firsts.values()])  # the others find what these compiled
+    answers = pool.ask(commands)
+    worst = max(answer["difference"] for answer in answers)
+    return {"processes": num, "difference": worst, "gpu_bytes": gpu_bytes()}
+
+
+def run(
+    pool: Pool,
+    num: int,
+    seconds: float,
+    in_flight: int,
+    rate_per_s: float | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Have the first workers run together; return their tenants.
+
+    Args:
+        pool: the workers, loaded.
+        num: how many of them.
+        seconds: for how long.
+        in_flight: launches at once, of each.
+        rate_per_s: of each model's requests; None for as fast as possible.
+        seed: of their times.
+
+    Returns:
+        Per tenant ``name``, ``due_s`` and ``done_s``, from the common start.
+    """
+    start_s = time.perf_counter() + LEAD_S
+    command = {
+        "do": "run",
+        "start_s": start_s,
+        "seconds": seconds,
+        "in_flight": in_flight,
+        "rate_per_s": rate_per_s,
+        "seed": seed,
+    }
+    answers = pool.ask([command] * num, seconds + 300)
+    tenants = [tenant for answer in answers for tenant in answer["tenants"]]
+    for tenant in tenants:
+        for name in ("due_s", "done_s"):
+            tenant[name] = np.array(tenant[name]) - start_s
+    return tenants
+
+
+def closed_loop(
+    launch: Callable[[], Any], seconds: float, in_flight: int
+) -> list[dict[str, Any]]:
+    """Do in this process what `run` does in others: one tenant, as fast as possible."""
+    start_s = time.perf_counter()
+    due_s, done_s, _ = paper_worker.serve(
+        lambda _: launch(), 1, start_s, seconds, in_flight, None
+    )
+    return [{"name": "", "due_s": due_s - start_s, "done_s": done_s - start_s}]
+
+
+def per_s(tenants: Sequence[Mapping[str, Any]], seconds: float) -> float:
+    """Return launches that ended within a window, per second of it.
+
+    The first fifth is left out: until then not all of them may be at it.
+    """
+    done_s = np.concatenate([tenant["done_s"] for tenant in tenants])
+    warm_s = seconds / 5
+    if not np.any(done_s < seconds) or np.sum(done_s < warm_s) == 0:
+        return len(done_s) / max(done_s.max(initial=seconds), seconds)  # few, long ones
+    return float(np.sum((done_s >= warm_s) & (done_s < seconds)) / (seconds - warm_s))
+
+
+def latencies_s(tenants: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return how long each launch took from when it was due."""
+    return np.concatenate([t["done_s"] - t["due_s"] for t in tenants])
+
+
+def _smi(query: str) -> list[str] | None:
+    """Ask NVIDIA's driver for one number; None without one."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.split()
+
+
+def gpu_bytes() -> float | None:
+    """Return the bytes in use on the device, all processes together."""
+    found = _smi("memory.used")
+    return float(found[0]) * 2**20 if found else None
+
+
+class Power:
+    """The power that a device draws while something runs, as a context.
+
+    Attributes:
+        watts: the mean; None if the driver does not tell.
+    """
+
+    watts: float | None = None
+
+    def __enter__(self) -> "Power":
+        """Start to sample."""
+        self._process = None
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [
+                    "nvidia-smi",
+                    "--query-gpu=power.draw",
+                    "--format=csv,noheader,nounits",
+                    "-lms",
+                    "50",
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop, and take the mean."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        text, _ = self._process.communicate()
+        found = []
+        for each in text.split():
+            with contextlib.suppress(ValueError):
+                found.append(float(each))
+        self.watts = float(np.mean(found)) if found else None
+
+
+@functools.cache
+def is_gpu() -> bool:
+    """Return whether there is a GPU."""
+    return jax.default_backend() == "gpu"

@@ -1,0 +1,279 @@
+"""The paper's Table 1 and Figure 7: one product for each of R models.
+
+    space-time  all products as one fused step
+    in turn     one process, one product after the other
+    time        a process for each (or several products a process), taking turns
+    space       the same processes under CUDA MPS
+
+All run in loops on the device, with launches in flight: nobody waits for a host.
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import stfuse
+from examples import paper, workloads
+from examples.paper import Part
+from examples.paper_worker import TURN, kinds_of, make_models, repeated, set_precision
+
+SHAPES = ("conv2_2", "matvec", "square")
+DTYPES = {  # name: of arrays, precision of products
+    "float32": ("float32", "highest"),
+    "tf32": ("float32", "default"),
+    "bfloat16": ("bfloat16", "default"),
+}
+REPLICAS = (1, 2, 4, 8, 10, 16, 20, 32, 40, 64, 96, 118)
+IN_PROCESSES = (1, 2, 4, 10, 20, 40, 118)
+WAYS = ("space-time", "in turn", "time", "space")
+IN_FLIGHT = 2
+PAPER = {"time": 7.71, "space": 3.23}  # geometric means over all R, conv2_2
+
+
+def sizes_of(part: Part) -> tuple[Sequence[int], Sequence[int], int]:
+    """Return R for one process, R for many, and steps per launch."""
+    if part.is_small:
+        return (1, 2, 3), (1, 2), 8
+    return REPLICAS, IN_PROCESSES, 512
+
+
+def pairs_of(part: Part) -> list[tuple[str, str]]:
+    """Return shapes and dtypes, what matters most first."""
+    dtypes = [*DTYPES][:1] if part.is_small else [*DTYPES]
+    return [(shape, dtype) for dtype in dtypes for shape in SHAPES]
+
+
+def key_of(shape: str, dtype: str, way: str, num: int) -> dict[str, Any]:
+    """Return the key of one cell."""
+    return {"part": "gemm", "shape": shape, "dtype": dtype, "way": way, "R": num}
+
+
+def in_turn(part: Part, shape: str, dtype: str, repeat: int) -> dict[str, Any]:
+    """Time one product alone: R in turn take R times as long."""
+    of_arrays, precision = DTYPES[dtype]
+    set_precision(precision)
+    known = workloads.make_paper_workloads(of_arrays, is_small=part.is_small)
+    ((_, params, inputs),) = make_models(known[shape], 0, 1, of_arrays)
+    step = jax.jit(repeated(known[shape].apply_fn, repeat))
+    kinds = kinds_of(jax.device_put(inputs), repeat)
+    tenants = timed(functools.partial(step, params, kinds), part)
+    found = {"per_s": repeat * paper.per_s(tenants, part.seconds)}
+    if repeat // 2 >= TURN:  # a loop that was cut short would not be twice as long
+        half = jax.jit(repeated(known[shape].apply_fn, repeat // 2))
+        tenants = timed(functools.partial(half, params, kinds), part)
+        found["half_loop_per_s"] = repeat // 2 * paper.per_s(tenants, part.seconds)
+    return found
+
+
+def timed(launch: Any, part: Part) -> list[dict[str, Any]]:
+    """Compile, then launch as fast as possible."""
+    jax.block_until_ready(launch())
+    return paper.closed_loop(launch, part.seconds, IN_FLIGHT)
+
+
+def space_time(
+    part: Part, shape: str, dtype: str, num: int, repeat: int
+) -> dict[str, Any]:
+    """Time R products as one fused step, and compare what it answers."""
+    of_arrays, precision = DTYPES[dtype]
+    set_precision(precision)
+    workload = workloads.make_paper_workloads(of_arrays, is_small=part.is_small)[shape]
+    models = make_models(workload, 0, num, of_arrays)
+    jobs = [stfuse.Job(n, workload.apply_fn, params, x) for n, params, x in models]
+    fused = stfuse.fuse(jobs)
+    bank = fused.pack()
+    inputs = jax.device_put(fused.stack({name: x for name, _, x in models}))
+    kinds = kinds_of(inputs, repeat)
+    step = jax.jit(repeated(fused.step, repeat))
+    found = jax.device_get(step(bank, kinds))
+    plain = jax.jit(workload.apply_fn)
+    alone = {name: plain(params, x) for name, params, x in models}
+    answers = fused.split(found[0])
+    difference, _ = workloads.differences(answers, jax.device_get(alone))
+    tenants = timed(functools.partial(step, bank, kinds), part)
+    rate = num * repeat * paper.per_s(tenants, part.seconds)
+    return {"per_s": rate, "difference": difference}
+
+
+def in_pool(
+    part: Part,
+    pool: paper.Pool,
+    cells: Mapping[tuple[str, str], Sequence[int]],
+    way: str,
+) -> None:
+    """Time products of processes."""
+    *_, repeat = sizes_of(part)
+    for (shape, dtype), numbers in cells.items():
+        of_arrays, precision = DTYPES[dtype]
+        what = {"scale": part.scale, "dtype": of_arrays}
+        what |= {"precision": precision, "repeat": repeat}
+        measure = functools.partial(in_processes, part, pool, shape, what, {})
+        for num in numbers:
+            key = key_of(shape, dtype, way, num)
+            part.measure(key, functools.partial(measure, num))
+
+
+def in_processes(
+    part: Part,
+    pool: paper.Pool,
+    shape: str,
+    what: Mapping[str, Any],
+    loaded: dict[int, dict[str, Any]],
+    num: int,
+) -> dict[str, Any]:
+    """Time R products of processes; those that have one each are loaded once."""
+    each = -(-num // len(pool))
+    if each not in loaded:
+        loaded.clear()
+        members = [(shape, i) for i in range(num if each > 1 else len(pool))]
+        loaded[each] = paper.load(pool, members, what)
+    used = min(num, len(pool))
+    tenants = paper.run(pool, used, part.seconds, IN_FLIGHT)
+    rate = what["repeat"] * paper.per_s(tenants, part.seconds)
+    return {"per_s": rate, **loaded[each], "processes": used}
+
+
+def run(part: Part) -> None:
+    """Measure what is missing, print the tables."""
+    print(f"products; {part.records.path}")
+    replicas, numbers, repeat = sizes_of(part)
+    ordered = pairs_of(part)
+    for shape, dtype in ordered:
+        part.measure(
+            key_of(shape, dtype, "in turn", 1),
+            functools.partial(in_turn, part, shape, dtype, repeat),
+        )
+        for num in replicas:
+            part.measure(
+                key_of(shape, dtype, "space-time", num),
+                functools.partial(space_time, part, shape, dtype, num, repeat),
+            )
+    for way in ("space", "time"):
+        cells = {pair: numbers for pair in ordered}
+        keys = [key_of(*pair, way, num) for pair in ordered for num in numbers]
+        if part.processes and not part.is_done(keys):
+            num = min(max(numbers), part.processes)
+            with paper.pool_of(way, num) as pool:
+                if pool is not None:
+                    in_pool(part, pool, cells, way)
+    sawtooth(part, repeat)
+    for shape, dtype in ordered:
+        print_table(part, shape, dtype)
+    plot(part)
+    check(part)
+
+
+def sawtooth(part: Part, repeat: int) -> None:
+    """Measure more R, if time is left: throughput saws with waves of thread blocks."""
+    numbers = range(1, 119, 3) if not part.is_small else ()
+    for num in numbers:
+        part.measure(
+            key_of("conv2_2", "float32", "space-time", num),
+            functools.partial(space_time, part, "conv2_2", "float32", num, repeat),
+        )
+
+
+def rates(part: Part, shape: str, dtype: str) -> dict[str, dict[int, float]]:
+    """Return products per second by way and R."""
+    found: dict[str, dict[int, float]] = {way: {} for way in WAYS}
+    for row in part.records.here():
+        key = row["key"]
+        if (key["part"], key.get("shape"), key.get("dtype"), key["scale"]) == (
+            "gemm",
+            shape,
+            dtype,
+            part.scale,
+        ):
+            found[key["way"]][key["R"]] = row["values"]["per_s"]
+    alone = found["in turn"].get(1)
+    if alone is not None:  # one after the other, in a loop: the same rate at any R
+        found["in turn"] = dict.fromkeys(found["space-time"], alone)
+    return {way: dict(sorted(each.items())) for way, each in found.items()}
+
+
+def geometric_mean(
+    ours: Mapping[int, float], theirs: Mapping[int, float], least: int = 1
+) -> float:
+    """Return the mean ratio over all R that both have, from some R on; NaN if none."""
+    both = [num for num in ours if num in theirs and num >= least]
+    if not both:
+        return float("nan")
+    return float(np.exp(np.mean([np.log(ours[n] / theirs[n]) for n in both])))
+
+
+def break_even(ours: Mapping[int, float], theirs: Mapping[int, float]) -> int | None:
+    """Return the least R from which on ours is never slower; None if there is none."""
+    both = sorted(num for num in ours if num in theirs)
+    slower = [num for num in both if ours[num] < theirs[num]]
+    after = [num for num in both if not slower or num > max(slower)]
+    return after[0] if after else None
+
+
+def print_table(part: Part, shape: str, dtype: str) -> None:
+    """Print products per second, and space-time's ratios."""
+    found = rates(part, shape, dtype)
+    ours = found["space-time"]
+    if not ours:
+        return
+    config = workloads.make_paper_workloads(jnp.float32, is_small=part.is_small)[shape]
+    m, k, n = config.config
+    flops = 2 * m * k * n
+    print(f"\n{shape} {n}x{m}x{k}, {dtype}: 1,000 products/s (TFLOP/s of space-time)")
+    print(f"{'R':>5}" + "".join(f"{way:>13}" for way in WAYS) + f"{'TFLOP/s':>10}")
+    shown = {*sizes_of(part)[0], *sizes_of(part)[1]}
+    for num in sorted(shown & {*ours}):
+        cells = (found[way].get(num) for way in WAYS)
+        text = "".join(f"{x / 1e3:13,.1f}" if x else f"{'-':>13}" for x in cells)
+        mark = "  <- Table 1" if num in (10, 20) else ""
+        print(f"{num:5}{text}{ours[num] * flops / 1e12:10.2f}{mark}")
+    for way in WAYS[1:]:
+        over = [geometric_mean(ours, found[way], least) for least in (2, 1)]
+        even = break_even(ours, found[way])
+        told = (
+            f", the paper's {PAPER[way]}" if shape == "conv2_2" and way in PAPER else ""
+        )
+        means = f"{over[0]:.2f}x for R >= 2, {over[1]:.2f}x over all R{told}"
+        print(f"  over {way}: {means}; never slower from R = {even} on")
+
+
+def plot(part: Part) -> None:
+    """Draw throughput against R, one panel per shape, beside the numbers."""
+    try:
+        from matplotlib.figure import Figure  # needs no screen
+    except ImportError:
+        print("no plot: matplotlib is missing")
+        return
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for i, shape in enumerate(SHAPES):
+        axes = figure.add_subplot(1, 3, i + 1)
+        for way, each in rates(part, shape, "float32").items():
+            axes.plot([*each], [*each.values()], marker=".", label=way)
+        axes.set(title=f"{shape}, float32", xlabel="models, R")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("products per second")
+    figure.axes[0].legend()
+    part.records.path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(part.records.path.with_suffix(".png"), dpi=120)
+
+
+def check(part: Part) -> None:
+    """Fail if an answer was not the model's own.
+
+    Raises:
+        SystemExit: naming the cells.
+    """
+    wrong = []
+    for row in part.records.here():
+        key, difference = row["key"], row["values"].get("difference", 0.0)
+        dtype = "float32" if key.get("dtype") == "float32" else "bfloat16"
+        if not difference <= workloads.TOLERANCE[dtype]:
+            wrong.append(paper.line(key, row["values"]))
+    if wrong:
+        raise SystemExit("answers are not the models' own:\n" + "\n".join(wrong))
+    if time.perf_counter() >= part.end_s:
+        print("\ntime was up: run the same command again for what is missing")
