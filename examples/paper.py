@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from examples import paper_worker
+from examples import paper_worker, workloads
 from examples.processes import Pool, mps, mps_is_available
 from examples.records import Records
 
@@ -84,7 +84,10 @@ def pool_of(way: str, num: int) -> Iterator[Pool | None]:
 
 
 def load(
-    pool: Pool, members: Sequence[tuple[str, int]], what: Mapping[str, Any]
+    pool: Pool,
+    members: Sequence[tuple[str, int]],
+    what: Mapping[str, Any],
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Give models to as many workers as there are models, or can be.
 
@@ -93,12 +96,15 @@ def load(
         members: workload and number of each model; all of one workload, or no more
             than there are workers.
         what: a worker's ``load`` command but for its models.
+        most: workers to use; all if None.
 
     Returns:
-        ``processes``, ``difference`` (the largest), ``gpu_bytes`` (all that the device
-        holds; None if its driver does not tell).
+        ``processes``, ``difference`` (the largest), ``bytes`` (of the device, with what
+        a process needs that does nothing; None if the driver does not tell).
     """
-    num = min(len(pool), len(members))
+    num = min(most or len(pool), len(members))
+    pool.ask([{"do": "drop"}] * len(pool))
+    idle_bytes = gpu_bytes()
     edges = np.linspace(0, len(members), num + 1).astype(int).tolist()
     commands = []
     for a, b in zip(edges, edges[1:], strict=False):
@@ -109,7 +115,11 @@ def load(
     pool.ask([*firsts.values()])  # the others find what these compiled
     answers = pool.ask(commands)
     worst = max(answer["difference"] for answer in answers)
-    return {"processes": num, "difference": worst, "gpu_bytes": gpu_bytes()}
+    used, all_bytes = num / len(pool), gpu_bytes()
+    num_bytes = None
+    if idle_bytes is not None and all_bytes is not None:
+        num_bytes = all_bytes - idle_bytes + used * idle_bytes
+    return {"processes": num, "difference": worst, "bytes": num_bytes}
 
 
 def run(
@@ -231,6 +241,25 @@ class Power:
             with contextlib.suppress(ValueError):
                 found.append(float(each))
         self.watts = float(np.mean(found)) if found else None
+
+
+def check(part: Part) -> None:
+    """Say what is left to do, and fail if an answer was not the model's own.
+
+    Raises:
+        SystemExit: naming the measurements.
+    """
+    if time.perf_counter() >= part.end_s:
+        print("\ntime was up: run the same command again for what is missing")
+    wrong = []
+    for row in part.records.here():
+        key, difference = row["key"], row["values"].get("difference", 0.0)
+        is_exact = key.get("dtype") == "float32" or not is_gpu()
+        limit = workloads.TOLERANCE["float32" if is_exact else "bfloat16"]
+        if not difference <= limit:
+            wrong.append(line(key, row["values"]))
+    if wrong:
+        raise SystemExit("answers are not the models' own:\n" + "\n".join(wrong))
 
 
 @functools.cache

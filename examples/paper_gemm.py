@@ -9,7 +9,6 @@ All run in loops on the device, with launches in flight: nobody waits for a host
 """
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -165,7 +164,7 @@ def run(part: Part) -> None:
     for shape, dtype in ordered:
         print_table(part, shape, dtype)
     plot(part)
-    check(part)
+    paper.check(part)
 
 
 def sawtooth(part: Part, repeat: int) -> None:
@@ -259,21 +258,3 @@ def plot(part: Part) -> None:
     figure.axes[0].legend()
     part.records.path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(part.records.path.with_suffix(".png"), dpi=120)
-
-
-def check(part: Part) -> None:
-    """Fail if an answer was not the model's own.
-
-    Raises:
-        SystemExit: naming the cells.
-    """
-    wrong = []
-    for row in part.records.here():
-        key, difference = row["key"], row["values"].get("difference", 0.0)
-        dtype = "float32" if key.get("dtype") == "float32" else "bfloat16"
-        if not difference <= workloads.TOLERANCE[dtype]:
-            wrong.append(paper.line(key, row["values"]))
-    if wrong:
-        raise SystemExit("answers are not the models' own:\n" + "\n".join(wrong))
-    if time.perf_counter() >= part.end_s:
-        print("\ntime was up: run the same command again for what is missing")

@@ -139,6 +139,14 @@ def _inputs(
     return found
 
 
+def _compare(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Refuse a rival whose answers are not those of its models, called plainly."""
+    for number, (x, y) in enumerate(zip(found, expected, strict=True)):
+        error = (x.float() - y.float()).norm() / y.float().norm()
+        if not error <= 3e-2:
+            raise RuntimeError(f"model {number} answers with an error of {error:.1e}")
+
+
 def streams_run(models: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> Run:
     """Return what replays a graph per model, each on its stream."""
     torch.backends.mha.set_fastpath_enabled(True)
@@ -163,6 +171,8 @@ def streams_run(models: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> 
                 graph.replay()
         return Pending()
 
+    run().block_until_ready()
+    _compare([answer for *_, answer in captured], [m(x) for _, _, m, x, _ in captured])
     return run
 
 
@@ -184,11 +194,19 @@ def vmap_run(models: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> Run
             step(params, buffers, stacked)
         return Pending()
 
+    with torch.no_grad():
+        plain = [model(x) for model, x in zip(models, inputs, strict=True)]
+        _compare([*step(params, buffers, stacked)], plain)
+
     return run
 
 
 def make_runs(
-    workload: Workload, num_jobs: int, dtype: str, device: str = "cuda"
+    workload: Workload,
+    num_jobs: int,
+    dtype: str,
+    wanted: Sequence[str] = ("torch streams", "torch vmap"),
+    device: str = "cuda",
 ) -> dict[str, Run]:
     """Return what each of PyTorch's rivals runs per call; compiled, and run once.
 
@@ -196,6 +214,7 @@ def make_runs(
         workload: its twin is run.
         num_jobs: how many models.
         dtype: ``"bfloat16"`` or ``"float32"``.
+        wanted: which of them.
         device: where; streams need a GPU.
 
     Returns:
@@ -207,6 +226,8 @@ def make_runs(
     if not twins:
         print(f"    PyTorch is left out: it has no twin of {workload.name} here")
     for (name, make_run), twin in zip(ways.items(), twins, strict=False):
+        if name not in wanted:
+            continue
         try:
             with torch.device(device):  # left again: compiled code depends on it
                 models = [

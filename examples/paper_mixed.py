@@ -1,0 +1,19 @@
+"""The zoo of models that are not alike: four each of six, every way to share."""
+
+from examples import paper, paper_models
+from examples.paper import Part
+
+ZOO = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "minilm", "minilm4")
+WAYS = ("space-time", "in turn")
+
+
+def run(part: Part) -> None:
+    """Measure what is missing, print the table."""
+    each, names = (1, ("minilm", "minilm4")) if part.is_small else (4, ZOO)
+    members = [(name, i) for name in names for i in range(each)]
+    key = {"part": "mixed", "models": len(members)}
+    print(f"{each} each of {', '.join(names)}; {part.records.path}")
+    sets = [(key, members)]
+    paper_models.measure(part, sets, WAYS, sets)
+    paper_models.print_table(part, key)
+    paper.check(part)

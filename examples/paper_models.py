@@ -1,0 +1,309 @@
+"""Whole models, each way to share a device: throughput, latency, memory, energy.
+
+    exclusive      one model, its batch R: what R different models could at best be
+    in turn        one process, one jit after the other
+    space-time     one fused step
+    time           processes that take turns
+    space          processes under CUDA MPS, of one and of several launches in flight
+    torch streams  a CUDA graph per model, each on a stream of its own
+    torch vmap     torch.func under torch.vmap, compiled
+
+Latency is of a launch with nothing else in flight in its process; throughput is with
+`IN_FLIGHT` launches.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import stfuse
+from examples import paper, workloads
+from examples.paper import Part
+from examples.paper_worker import make_models
+from examples.workloads import Workload
+
+Member = tuple[str, int]  # workload, number
+FIRST = ("minilm", "resnet50", "mobilenet_v2")  # what has to be there if time is short
+MODELS = (*FIRST, "lstm", "bert", "resnet18")
+MOST = {"minilm": 64, "lstm": 64}  # replicas; 16 of the others
+IN_PROCESS = ("space-time", "in turn", "exclusive", "torch streams", "torch vmap")
+IN_FLIGHT = 4
+RIVALS = ("time", "space", "in turn", "torch streams", "torch vmap")
+_GIB = 2**30
+
+
+@functools.cache
+def known(dtype: str, scale: str) -> dict[str, Workload]:
+    """Return the workloads; once, so that equal models have one function."""
+    return workloads.make_paper_workloads(dtype, is_small=scale == "small")
+
+
+def dtype_here() -> str:
+    """Return what models compute in: bfloat16 on a GPU."""
+    return workloads.choose_dtype("auto")
+
+
+@functools.lru_cache(maxsize=1)
+def models_of(members: tuple[Member, ...], scale: str) -> list[tuple[Any, ...]]:
+    """Return name, workload, weights and inputs (on the host) of some models."""
+    found, dtype = [], dtype_here()
+    for name in dict.fromkeys(name for name, _ in members):
+        workload = known(dtype, scale)[name]
+        own = [number for of, number in members if of == name]
+        for each in make_models(workload, own[0], len(own), dtype):
+            found.append((each[0], workload, *each[1:]))
+    return found
+
+
+def work_of(members: Sequence[Member], scale: str) -> dict[str, float]:
+    """Return the arithmetic, and the bytes of weights read, of a request of each."""
+    total = {"flops": 0.0, "read_bytes": 0.0}
+    for name in dict.fromkeys(name for name, _ in members):
+        ((of, workload, params, x),) = models_of(((name, 0),), scale)
+        fused = stfuse.fuse([stfuse.Job(of, workload.apply_fn, params, x)])
+        num = sum(name == other for other, _ in members)
+        flops = workloads.true_flops(fused.plan.to_dict())
+        total["flops"] += num * flops
+        total["read_bytes"] += num * workloads.used_bytes(workload, params)
+    return total
+
+
+def in_turn_run(models: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """Return what calls each model's jit."""
+    fns = {workload.name: jax.jit(workload.apply_fn) for _, workload, *_ in models}
+    calls = [
+        functools.partial(fns[workload.name], params, jax.device_put(x))
+        for _, workload, params, x in models
+    ]
+    return lambda: [call() for call in calls]
+
+
+def exclusive_run(models: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """Return what runs the first model on as many rows as there are models."""
+    _, workload, params, x = models[0]
+    rows = jax.tree.map(lambda a: np.repeat(a, len(models), axis=0), x)
+    return functools.partial(jax.jit(workload.apply_fn), params, jax.device_put(rows))
+
+
+def in_process(part: Part, members: Sequence[Member], way: str) -> dict[str, Any]:
+    """Measure a way that needs one process."""
+    models = models_of(tuple(members), part.scale)
+    if way.startswith("torch"):
+        return in_torch(part, models, way)
+    alone = workloads.answers_alone(
+        [stfuse.Job(name, w.apply_fn, params, x) for name, w, params, x in models],
+        {name: x for name, _, _, x in models},
+    )
+    if way == "space-time":
+        jobs = [
+            stfuse.Job(name, w.apply_fn, params, x) for name, w, params, x in models
+        ]
+        fused = stfuse.fuse(jobs)
+        inputs = {name: x for name, _, _, x in models}
+        run = workloads.fused_run(fused, fused.pack(), inputs)
+        answers = fused.split(run())
+    elif way == "exclusive":
+        run = exclusive_run(models)
+        name = models[0][0]
+        answers = {name: jax.tree.map(lambda a: a[:1], run())}
+    else:
+        run = in_turn_run(models)
+        answers = dict(zip(alone, run(), strict=True))
+    difference, _ = workloads.differences(jax.device_get(answers), alone)
+    stats = jax.devices()[0].memory_stats() or {}
+    held = {"bytes": stats.get("bytes_in_use"), "difference": difference}
+    return timed(part, run, len(models)) | held
+
+
+def in_torch(part: Part, models: Sequence[tuple[Any, ...]], way: str) -> dict[str, Any]:
+    """Measure one of PyTorch's rivals; an empty row says that it cannot run here."""
+    try:
+        import torch
+
+        from examples import torch_rivals
+    except ImportError:
+        return {}
+    if not torch_rivals.is_usable():
+        return {}
+    before = torch.cuda.memory_allocated()
+    runs = torch_rivals.make_runs(models[0][1], len(models), dtype_here(), [way])
+    if way not in runs:
+        return {}
+    held = {"bytes": torch.cuda.memory_allocated() - before}
+    return timed(part, runs[way], len(models)) | held
+
+
+def timed(part: Part, run: Callable[[], Any], num_requests: int) -> dict[str, Any]:
+    """Time a step: alone for its latency, in flight for throughput and energy."""
+    jax.block_until_ready(run())
+    jax.block_until_ready(run())
+    latency = paper.closed_loop(run, part.seconds, 1)
+    with paper.Power() as power:
+        busy = paper.closed_loop(run, part.seconds, IN_FLIGHT)
+    rate = num_requests * paper.per_s(busy, part.seconds)
+    return summary(rate, paper.latencies_s(latency), power.watts)
+
+
+def summary(
+    per_s: float, latencies_s: np.ndarray, watts: float | None
+) -> dict[str, Any]:
+    """Return requests per second, milliseconds, and joules per request."""
+    p50, p99 = 1e3 * np.percentile(latencies_s, [50, 99])
+    found = {"per_s": per_s, "p50_ms": float(p50), "p99_ms": float(p99)}
+    return found | ({"joules": watts / per_s} if watts else {})
+
+
+def in_pool(
+    part: Part, pool: paper.Pool, members: Sequence[Member], processes: int
+) -> dict[str, Any]:
+    """Measure processes, each with models of its own, at one and several in flight."""
+    what = {"scale": part.scale, "dtype": dtype_here(), "repeat": 1}
+    what["precision"] = "highest" if what["dtype"] == "float32" else "default"
+    held = paper.load(pool, members, what, processes)
+    found = {}
+    for in_flight in (1, IN_FLIGHT):
+        with paper.Power() as power:
+            tenants = paper.run(pool, held["processes"], part.seconds, in_flight)
+        rate = paper.per_s(tenants, part.seconds)
+        own = summary(rate, paper.latencies_s(tenants), power.watts)
+        own["fastest_over_slowest"] = spread(tenants)
+        found[f"{in_flight} in flight"] = own
+    best = max(found.values(), key=lambda each: each["per_s"])
+    return {**found["1 in flight"], **held, "ways": found, "per_s": best["per_s"]}
+
+
+def spread(tenants: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return how many times as many launches the fastest did as the slowest."""
+    nums = [len(tenant["done_s"]) for tenant in tenants]
+    return max(nums) / min(nums) if min(nums) else None
+
+
+def processes_of(part: Part, num: int) -> list[int]:
+    """Return the numbers of processes to try for some models; the best counts."""
+    most = min(num, part.processes)
+    return sorted({most} | {p for p in (8, 16, 32) if num >= 64 and p < most})
+
+
+def sets_of(part: Part) -> list[tuple[str, int]]:
+    """Return workloads and replicas, what matters most first."""
+    if part.is_small:
+        return [("minilm", 2), ("lstm", 1)]
+    first = [(name, 16) for name in FIRST] + [("minilm", 64)]
+    powers = [2**i for i in range(7)]
+    rest = [(name, n) for name in MODELS for n in powers if n <= MOST.get(name, 16)]
+    return [*first, *(pair for pair in rest if pair not in first)]
+
+
+def run(part: Part) -> None:
+    """Measure what is missing, print the tables."""
+    print(f"models; {part.records.path}")
+    sets = {}
+    for name, num in sets_of(part):
+        key = {"part": "models", "model": name, "R": num}
+        sets[name, num] = (key, [(name, i) for i in range(num)])
+    # Processes are slow to start: few of R, after all that one process can do.
+    with_processes = {k: sets[k] for k in sets if k[1] in (1, 2, 16, 64)}
+    measure(part, sets.values(), IN_PROCESS, with_processes.values())
+    for key, _ in sets.values():
+        print_table(part, key)
+    plot(part)
+    paper.check(part)
+
+
+def measure(
+    part: Part,
+    sets: Any,
+    ways: Sequence[str],
+    with_processes: Any,
+) -> None:
+    """Measure sets of models, in one process and in many."""
+    for key, members in sets:
+        of = functools.partial(work_of, members, part.scale)
+        part.measure({**key, "way": "work"}, of)
+        for way in ways:
+            one = functools.partial(in_process, part, members, way)
+            part.measure({**key, "way": way}, one)
+    models_of.cache_clear()
+    for way in ("space", "time"):
+        cells = {}
+        for key, members in with_processes if part.processes else ():
+            for num in processes_of(part, len(members)):
+                cells[num, tuple(members)] = {**key, "way": way, "processes": num}
+        if not cells or part.is_done([*cells.values()]):
+            continue
+        with paper.pool_of(way, max(num for num, _ in cells)) as pool:
+            for (num, members), key in cells.items():
+                if pool is not None:
+                    of = functools.partial(in_pool, part, pool, members, num)
+                    part.measure(key, of)
+
+
+def best_of(part: Part, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return by way the values of a set of models, the best number of processes."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in part.records.here():
+        own, values = dict(row["key"]), row["values"]
+        way = own.pop("way")
+        own.pop("processes", None)
+        if own == {**key, "scale": part.scale} and values:
+            old = found.get(way)
+            if old is None or values.get("per_s", 0) > old["per_s"]:
+                found[way] = values
+    return found
+
+
+def print_table(part: Part, key: Mapping[str, Any]) -> None:
+    """Print one set of models: a line per way, best arrangement each."""
+    found = best_of(part, key)
+    work, ours = found.pop("work", None), found.get("space-time")
+    if work is None or ours is None:
+        return
+    print(f"\n{' '.join(str(value) for value in key.values())}")
+    print(
+        f"  {'way':15}{'requests/s':>12}{'times less':>12}{'p50 ms':>9}{'p99':>9}"
+        f"{'TFLOP/s':>9}{'TB/s':>7}{'GiB':>7}{'mJ':>8}  processes"
+    )
+    num = key.get("R") or key["models"]
+    for way, values in found.items():
+        per_model = values["per_s"] / num
+        cells = f"{values['per_s']:12,.0f}{ours['per_s'] / values['per_s']:11.2f}x"
+        cells += f"{values['p50_ms']:9.3f}{values['p99_ms']:9.3f}"
+        cells += f"{per_model * work['flops'] / 1e12:9.2f}"
+        cells += f"{per_model * work['read_bytes'] / 1e12:7.2f}"
+        held, joules = values.get("bytes"), values.get("joules")
+        cells += f"{held / _GIB:7.1f}" if held else f"{'-':>7}"
+        cells += f"{1e3 * joules:8.2f}" if joules else f"{'-':>8}"
+        print(f"  {way:15}{cells}  {values.get('processes', '')}")
+
+
+def plot(part: Part) -> None:
+    """Draw latency (Figure 3) and throughput against replicas, a column per model."""
+    try:
+        from matplotlib.figure import Figure  # needs no screen
+    except ImportError:
+        print("no plot: matplotlib is missing")
+        return
+    names = list(dict.fromkeys(name for name, _ in sets_of(part)))
+    figure = Figure(figsize=(3.2 * len(names), 6), layout="constrained")
+    for column, name in enumerate(names):
+        lines: dict[str, dict[int, dict[str, Any]]] = {}
+        for num in sorted(num for of, num in sets_of(part) if of == name):
+            key = {"part": "models", "model": name, "R": num}
+            for way, values in best_of(part, key).items():
+                if way != "work":
+                    lines.setdefault(way, {})[num] = values
+        for row, what in enumerate(("p50_ms", "per_s")):
+            axes = figure.add_subplot(2, len(names), row * len(names) + column + 1)
+            for way, each in lines.items():
+                axes.plot([*each], [v[what] for v in each.values()], ".-", label=way)
+            axes.set(xscale="log", yscale="log", title=name, xlabel="replicas")
+            axes.grid(alpha=0.3)
+            if not column:
+                axes.set_ylabel("latency, ms" if what == "p50_ms" else "requests/s")
+    if figure.axes:
+        figure.axes[0].legend()
+    part.records.path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(part.records.path.with_suffix(".png"), dpi=120)
