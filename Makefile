@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python -m
 CUDA := $(shell nvidia-smi 2>&1 | sed -n 's/.*CUDA Version: \(1[23]\).*/,cuda\1/p')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo text vision test oracle check test-matrix clean
+.PHONY: help demo text vision figures test oracle check test-matrix clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +21,9 @@ text: $(VENV)/.stamp-minilm ## serve 32 tenants' heads on one MiniLM with its re
 
 vision: $(VENV)/.stamp-demo ## run eight ResNets of two depths in one fused step
 	$(RUN) examples.vision_tenants
+
+figures: $(VENV)/.stamp-demo ## make the README's table and the plots from examples/results
+	$(RUN) examples.figures
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-minilm ## run the whole suite
 	$(RUN) pytest -q

@@ -14,13 +14,12 @@ Source: Jain et al. 2018, https://arxiv.org/abs/1901.00041
 """
 
 import importlib
-import pathlib
 import time
 
 import jax
 from absl import app, flags, logging
 
-from examples import paper
+from examples import figures, paper
 from examples.records import Records
 
 PARTS = {
@@ -29,7 +28,6 @@ PARTS = {
     "mixed": "paper_mixed",
     "predictability": "paper_predictability",
 }
-FOLDER = pathlib.Path(__file__).parent
 
 _PART = flags.DEFINE_enum("part", None, [*PARTS], "Which.", required=True)
 _SCALE = flags.DEFINE_enum("scale", "full", ["full", "small"], "Of models and R.")
@@ -43,19 +41,17 @@ _PROCESSES = flags.DEFINE_integer(
 )
 
 
-def results_folder(told: str | None) -> pathlib.Path:
-    """Return where rows are kept: what was told, or the device's default."""
-    return pathlib.Path(told or FOLDER / ("results" if paper.is_gpu() else "out"))
-
-
 def main(_: list[str]) -> None:
     """Run one part."""
     logging.set_verbosity(logging.ERROR)
+    paper.keep_room()
     end_s = time.perf_counter() + 60 * _MINUTES.value
-    records = Records(results_folder(_RESULTS.value) / f"{_PART.value}.json")
+    records = Records(paper.results_folder(_RESULTS.value) / f"{_PART.value}.json")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {_SCALE.value}")
     part = paper.Part(records, _SCALE.value, _SECONDS.value, end_s, _PROCESSES.value)
     importlib.import_module(f"examples.{PARTS[_PART.value]}").run(part)
+    for path in figures.plots(records.path.parent):
+        print(f"drew {path}")
 
 
 if __name__ == "__main__":

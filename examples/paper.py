@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import pathlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ from examples import paper_worker, workloads
 from examples.processes import Pool, mps, mps_is_available
 from examples.records import Records
 
+FOLDER = pathlib.Path(__file__).parent
 LEAD_S = 0.2  # from asking processes until they start together
 MOST_PROCESSES = 40  # at once; MPS lets 48 to 60 in, and each holds device memory
 
@@ -56,6 +59,16 @@ class Part(NamedTuple):
         is_late = time.perf_counter() >= self.end_s
         scaled = ({**key, "scale": self.scale} for key in keys)
         return is_late or all(self.records.get(key) is not None for key in scaled)
+
+
+def keep_room() -> None:
+    """Have JAX leave room on the device for other processes, and for PyTorch."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def results_folder(told: str | None) -> pathlib.Path:
+    """Return where rows are kept: what was told, or the device's default."""
+    return pathlib.Path(told or FOLDER / ("results" if is_gpu() else "out"))
 
 
 def line(key: Mapping[str, Any], values: Mapping[str, Any]) -> str:
@@ -124,35 +137,30 @@ def load(
 
 def run(
     pool: Pool,
-    num: int,
+    rates: int | np.ndarray,
     seconds: float,
     in_flight: int,
-    rate_per_s: float | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Have the first workers run together; return their tenants.
 
     Args:
         pool: the workers, loaded.
-        num: how many of them.
+        rates: how many of them, each as fast as it can; or of each worker the requests
+            per second of each of its models.
         seconds: for how long.
         in_flight: launches at once, of each.
-        rate_per_s: of each model's requests; None for as fast as possible.
-        seed: of their times.
+        seed: of the times of requests.
 
     Returns:
         Per tenant ``name``, ``due_s`` and ``done_s``, from the common start.
     """
     start_s = time.perf_counter() + LEAD_S
-    command = {
-        "do": "run",
-        "start_s": start_s,
-        "seconds": seconds,
-        "in_flight": in_flight,
-        "rate_per_s": rate_per_s,
-        "seed": seed,
-    }
-    answers = pool.ask([command] * num, seconds + 300)
+    command = {"do": "run", "start_s": start_s, "seconds": seconds, "seed": seed}
+    command["in_flight"] = in_flight
+    own = [None] * rates if isinstance(rates, int) else rates.tolist()
+    commands = [{**command, "rate_per_s": rate} for rate in own]
+    answers = pool.ask(commands, seconds + 300)
     tenants = [tenant for answer in answers for tenant in answer["tenants"]]
     for tenant in tenants:
         for name in ("due_s", "done_s"):
@@ -260,6 +268,14 @@ def check(part: Part) -> None:
             wrong.append(line(key, row["values"]))
     if wrong:
         raise SystemExit("answers are not the models' own:\n" + "\n".join(wrong))
+
+
+def peaks() -> dict[str, float]:
+    """Return what the device can do at most; nothing where that was not measured."""
+    if not is_gpu():
+        return {}
+    flops_per_s, bytes_per_s = workloads.FLOPS_PER_S, workloads.BYTES_PER_S
+    return {"flops_per_s": flops_per_s, "bytes_per_s": bytes_per_s}
 
 
 @functools.cache

@@ -163,7 +163,6 @@ def run(part: Part) -> None:
     sawtooth(part, repeat)
     for shape, dtype in ordered:
         print_table(part, shape, dtype)
-    plot(part)
     paper.check(part)
 
 
@@ -238,23 +237,3 @@ def print_table(part: Part, shape: str, dtype: str) -> None:
         )
         means = f"{over[0]:.2f}x for R >= 2, {over[1]:.2f}x over all R{told}"
         print(f"  over {way}: {means}; never slower from R = {even} on")
-
-
-def plot(part: Part) -> None:
-    """Draw throughput against R, one panel per shape, beside the numbers."""
-    try:
-        from matplotlib.figure import Figure  # needs no screen
-    except ImportError:
-        print("no plot: matplotlib is missing")
-        return
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for i, shape in enumerate(SHAPES):
-        axes = figure.add_subplot(1, 3, i + 1)
-        for way, each in rates(part, shape, "float32").items():
-            axes.plot([*each], [*each.values()], marker=".", label=way)
-        axes.set(title=f"{shape}, float32", xlabel="models, R")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("products per second")
-    figure.axes[0].legend()
-    part.records.path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(part.records.path.with_suffix(".png"), dpi=120)

@@ -209,7 +209,6 @@ def run(part: Part) -> None:
     measure(part, sets.values(), IN_PROCESS, with_processes.values())
     for key, _ in sets.values():
         print_table(part, key)
-    plot(part)
     paper.check(part)
 
 
@@ -277,33 +276,3 @@ def print_table(part: Part, key: Mapping[str, Any]) -> None:
         cells += f"{held / _GIB:7.1f}" if held else f"{'-':>7}"
         cells += f"{1e3 * joules:8.2f}" if joules else f"{'-':>8}"
         print(f"  {way:15}{cells}  {values.get('processes', '')}")
-
-
-def plot(part: Part) -> None:
-    """Draw latency (Figure 3) and throughput against replicas, a column per model."""
-    try:
-        from matplotlib.figure import Figure  # needs no screen
-    except ImportError:
-        print("no plot: matplotlib is missing")
-        return
-    names = list(dict.fromkeys(name for name, _ in sets_of(part)))
-    figure = Figure(figsize=(3.2 * len(names), 6), layout="constrained")
-    for column, name in enumerate(names):
-        lines: dict[str, dict[int, dict[str, Any]]] = {}
-        for num in sorted(num for of, num in sets_of(part) if of == name):
-            key = {"part": "models", "model": name, "R": num}
-            for way, values in best_of(part, key).items():
-                if way != "work":
-                    lines.setdefault(way, {})[num] = values
-        for row, what in enumerate(("p50_ms", "per_s")):
-            axes = figure.add_subplot(2, len(names), row * len(names) + column + 1)
-            for way, each in lines.items():
-                axes.plot([*each], [v[what] for v in each.values()], ".-", label=way)
-            axes.set(xscale="log", yscale="log", title=name, xlabel="replicas")
-            axes.grid(alpha=0.3)
-            if not column:
-                axes.set_ylabel("latency, ms" if what == "p50_ms" else "requests/s")
-    if figure.axes:
-        figure.axes[0].legend()
-    part.records.path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(part.records.path.with_suffix(".png"), dpi=120)

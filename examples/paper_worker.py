@@ -208,6 +208,8 @@ def arrivals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return times, sorted, of requests of several models, and whose each is."""
     found = []
+    if rate_per_s == 0:
+        return np.zeros(0), np.zeros(0, int)
     for i in range(count):
         rng = np.random.default_rng([seed, first + i])
         most = int(seconds * rate_per_s + 6 * np.sqrt(seconds * rate_per_s) + 10)

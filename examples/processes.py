@@ -124,8 +124,7 @@ class Pool:
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
-            worker.process.wait()
-            worker.errors.close()
+            worker.close()
         self._workers.clear()
 
 
@@ -150,7 +149,8 @@ class _Worker:
         )
         os.sched_setaffinity(self.process.pid, cores)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout or ():
@@ -177,6 +177,15 @@ class _Worker:
         if not answer.pop("ok"):
             raise self._failed(f"failed: {answer['error']}")
         return answer
+
+    def close(self) -> None:
+        """Wait for its end, which it has been given; close all files."""
+        self.process.wait()
+        self._reader.join()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            with contextlib.suppress(BrokenPipeError):
+                if file is not None:
+                    file.close()
 
     def _failed(self, what: str) -> RuntimeError:
         self.errors.flush()

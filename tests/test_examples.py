@@ -29,6 +29,8 @@ SMALLEST = {
         "--chains=3",
         "--chain_ops=40",
     ],
+    "bench_paper": ["--part=gemm", "--scale=small", "--seconds=0.05", "--processes=2"],
+    "bench_policies": ["--scale=small", "--tenants=2", "--seconds=0.05"],
     "bench_serving": ["--scale=small", "--workload=mlp", "--tenants=2"],
     "bench_step": ["--scale=small", "--jobs=1,2", "--calls=1", "--rounds=1"],
     "bench_subset": ["--scale=small", "--cases=gemm:6:2", "--calls=1", "--rounds=1"],
@@ -46,6 +48,8 @@ SMALLEST = {
 # Not run by name: they are imported by an example that is.
 PARTS = {"__init__", "digits_tenants", "fleet", "goals", "load", "loadgen", "mixes"}
 PARTS |= {"streams", "torch_rivals", "workloads"}
+PARTS |= {"paper", "paper_gemm", "paper_mixed", "paper_models", "paper_predictability"}
+PARTS |= {"paper_worker", "processes", "records", "figures"}
 
 
 def run(*arguments, **options):

@@ -1,0 +1,179 @@
+"""Make the README's table, and the plots, from what was measured: `make figures`.
+
+It reads the rows under examples/results. No number is typed by hand: the table stands
+between two marks, and a test compares it with the rows.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app
+
+from examples import records
+
+ROOT = pathlib.Path(__file__).parent.parent
+HEADING = "## Four ways to share a GPU"
+BEGIN = "<!-- policies table: made by make figures -->"
+END = "<!-- end of policies table -->"
+BEFORE = "## Where things are"  # the section that it stands before
+WAYS = ("exclusive", "time", "space", "space-time")
+_GIB = 2**30
+
+
+def policies_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of `examples.bench_policies` as Markdown.
+
+    Args:
+        rows: of its file; the table is of the model and the number of tenants that
+            were measured last.
+
+    Returns:
+        A sentence, and a line per way that was measured.
+    """
+    last = rows[-1]["key"]
+    same = ("part", "model", "tenants", "scale")
+    own = [row for row in rows if all(row["key"][k] == last[k] for k in same)]
+    by_key = {
+        (row["key"]["way"], row["key"].get("what", "loop")): row["values"]
+        for row in own
+    }
+    work = by_key[("work", "loop")]
+    lines = [
+        "| | utilization | throughput/s | served/s | p50 ms | p99 ms | spread | "
+        "interference | GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for way in WAYS:
+        loop = by_key.get((way, "loop"))
+        if loop is None:
+            continue
+        served = by_key.get((way, "capacity"), {})
+        loaded = by_key.get((way, "load 0.7"), {})
+        abuse = by_key.get((way, "abuse"), {})
+        spread = None if way == "exclusive" else loaded.get("spread")
+        held = loop.get("bytes")
+        cells = [
+            way,
+            utilization(loop["per_s"], work),
+            f"{loop['per_s']:,.0f}",
+            number(served.get("per_s"), ",.0f"),
+            number(loaded.get("p50_ms"), ".2f"),
+            number(loaded.get("p99_ms"), ".2f"),
+            number(spread, ".2f"),
+            number(abuse.get("interference"), ".2f"),
+            number(held / _GIB if held else None, ".1f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([about(own), "", *lines])
+
+
+def about(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the sentence above the table: what, where, when."""
+    key, of = rows[0]["key"], rows[-1]["about"]
+    return (
+        f"{key['tenants']} {key['model']}, batch 1, {of['device']}, jax {of['jax']}, "
+        f"{of['date']} (`python -m examples.bench_policies`):"
+    )
+
+
+def utilization(per_s: float, work: Mapping[str, Any]) -> str:
+    """Return which part of the device's arithmetic or bandwidth is used, the larger."""
+    if not work.get("flops_per_s"):
+        return "-"
+    flops = per_s * work["flops"] / work["flops_per_s"]
+    read = per_s * work["read_bytes"] / work["bytes_per_s"]
+    return f"{100 * max(flops, read):.1f}%"
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a number, or a dash for none."""
+    return "-" if value is None else format(value, form)
+
+
+def with_table(readme: str, table: str) -> str:
+    """Return a README with the table in its place, which is made if need be."""
+    section = f"{BEGIN}\n{table}\n{END}"
+    if BEGIN in readme:
+        before, _, rest = readme.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        return before + section + after
+    before, mark, after = readme.partition(BEFORE)
+    return f"{before}{HEADING}\n\n{section}\n\n{mark}{after}"
+
+
+def plots(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw what each file of rows has; return the pictures' paths."""
+    try:
+        from matplotlib.figure import Figure  # needs no screen
+    except ImportError:
+        print("no plots: matplotlib is missing")
+        return []
+    made = []
+    for name, (of, xs, column, ylabel) in {
+        "gemm": ("shape", "R", "per_s", "products per second"),
+        "models": ("model", "R", "per_s", "requests per second"),
+        "latency": ("model", "R", "p50_ms", "latency, ms"),
+        "predictability": ("way", "what", "p99_ms", "p99, ms"),
+    }.items():
+        path = folder / f"{'models' if name == 'latency' else name}.json"
+        if path.exists():
+            figure = Figure(figsize=(12, 4), layout="constrained")
+            if draw(figure, records.read(path), of, xs, column, ylabel):
+                figure.savefig(folder / f"{name}.png", dpi=120)
+                made.append(folder / f"{name}.png")
+    return made
+
+
+def draw(
+    figure: Any,
+    rows: Sequence[Mapping[str, Any]],
+    of: str,
+    xs: str,
+    column: str,
+    ylabel: str,
+) -> bool:
+    """Draw one number against another, a panel for each value of a part of the key."""
+    lines: dict[Any, dict[str, dict[Any, float]]] = {}
+    for row in rows:
+        key, value = row["key"], row["values"].get(column)
+        if value is None or key.get("dtype", "float32") != "float32" or xs not in key:
+            continue
+        way = key["way"]
+        if "processes" in key:
+            way = f"{way}, {key['processes']} processes"
+        lines.setdefault(key[of], {}).setdefault(way, {})[key[xs]] = value
+    for i, (panel, each) in enumerate(lines.items()):
+        axes = figure.add_subplot(1, len(lines), i + 1)
+        for way, points in each.items():
+            if way == "in turn" and [*points] == [1]:  # the same rate at any R
+                points |= {max(max(other) for other in each.values()): points[1]}
+            order = sorted(points)
+            axes.plot(order, [points[x] for x in order], ".-", label=way)
+        axes.set(title=str(panel), xlabel=xs)
+        axes.tick_params(axis="x", rotation=45 if xs == "what" else 0)
+        axes.grid(alpha=0.3)
+        if not i:
+            axes.set_ylabel(ylabel)
+            axes.legend()
+    return bool(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Write the README's table and the plots; of another folder if one is named."""
+    folder = pathlib.Path(*argv[1:2] or [ROOT / "examples" / "results"])
+    for path in plots(folder):
+        print(f"drew {path}")
+    path = folder / "policies.json"
+    if not path.exists():
+        print(f"nothing to write: {path} is not there; run examples.bench_policies")
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(
+        with_table(readme.read_text(), policies_table(records.read(path)))
+    )
+    print(f"wrote the table of {readme}")
+
+
+if __name__ == "__main__":
+    app.run(main)
