@@ -14,6 +14,6 @@ def run(part: Part) -> None:
     key = {"part": "mixed", "models": len(members)}
     print(f"{each} each of {', '.join(names)}; {part.records.path}")
     sets = [(key, members)]
-    paper_models.measure(part, sets, WAYS, sets)
+    paper_models.measure(part, sets, WAYS)
     paper_models.print_table(part, key)
     paper.check(part)

@@ -28,6 +28,7 @@ from examples.workloads import Workload
 Member = tuple[str, int]  # workload, number
 FIRST = ("minilm", "resnet50", "mobilenet_v2")  # what has to be there if time is short
 MODELS = (*FIRST, "lstm", "bert", "resnet18")
+REPLICAS = (1, 4, 16, 64)
 MOST = {"minilm": 64, "lstm": 64}  # replicas; 16 of the others
 IN_PROCESS = ("space-time", "in turn", "exclusive", "torch streams", "torch vmap")
 IN_FLIGHT = 4
@@ -97,6 +98,7 @@ def in_process(part: Part, members: Sequence[Member], way: str) -> dict[str, Any
         [stfuse.Job(name, w.apply_fn, params, x) for name, w, params, x in models],
         {name: x for name, _, _, x in models},
     )
+    before = bytes_in_use()
     if way == "space-time":
         jobs = [
             stfuse.Job(name, w.apply_fn, params, x) for name, w, params, x in models
@@ -113,9 +115,22 @@ def in_process(part: Part, members: Sequence[Member], way: str) -> dict[str, Any
         run = in_turn_run(models)
         answers = dict(zip(alone, run(), strict=True))
     difference, _ = workloads.differences(jax.device_get(answers), alone)
-    stats = jax.devices()[0].memory_stats() or {}
-    held = {"bytes": stats.get("bytes_in_use"), "difference": difference}
+    held = {"bytes": None, "difference": difference}
+    if (after := bytes_in_use()) is not None and before is not None:
+        # A fused step has weights of its own; the others run on those drawn before.
+        drawn = models if way == "in turn" else models[: way == "exclusive"]
+        held["bytes"] = after - before + sum(x.nbytes for x in leaves_of(drawn))
     return timed(part, run, len(models)) | held
+
+
+def bytes_in_use() -> int | None:
+    """Return what this process holds on the device; None if JAX does not tell."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+
+
+def leaves_of(models: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return the weights of some models."""
+    return jax.tree.leaves([params for _, _, params, _ in models])
 
 
 def in_torch(part: Part, models: Sequence[tuple[Any, ...]], way: str) -> dict[str, Any]:
@@ -192,8 +207,7 @@ def sets_of(part: Part) -> list[tuple[str, int]]:
     if part.is_small:
         return [("minilm", 2), ("lstm", 1)]
     first = [(name, 16) for name in FIRST] + [("minilm", 64)]
-    powers = [2**i for i in range(7)]
-    rest = [(name, n) for name in MODELS for n in powers if n <= MOST.get(name, 16)]
+    rest = [(name, n) for name in MODELS for n in REPLICAS if n <= MOST.get(name, 16)]
     return [*first, *(pair for pair in rest if pair not in first)]
 
 
@@ -204,9 +218,7 @@ def run(part: Part) -> None:
     for name, num in sets_of(part):
         key = {"part": "models", "model": name, "R": num}
         sets[name, num] = (key, [(name, i) for i in range(num)])
-    # Processes are slow to start: few of R, after all that one process can do.
-    with_processes = {k: sets[k] for k in sets if k[1] in (1, 2, 16, 64)}
-    measure(part, sets.values(), IN_PROCESS, with_processes.values())
+    measure(part, [*sets.values()], IN_PROCESS)
     for key, _ in sets.values():
         print_table(part, key)
     paper.check(part)
@@ -214,11 +226,16 @@ def run(part: Part) -> None:
 
 def measure(
     part: Part,
-    sets: Any,
+    sets: Sequence[tuple[Mapping[str, Any], Sequence[Member]]],
     ways: Sequence[str],
-    with_processes: Any,
 ) -> None:
-    """Measure sets of models, in one process and in many."""
+    """Measure sets of models, in one process and then in many, slow to start.
+
+    Args:
+        part: where to keep it.
+        sets: keys and members.
+        ways: of one process.
+    """
     for key, members in sets:
         of = functools.partial(work_of, members, part.scale)
         part.measure({**key, "way": "work"}, of)
@@ -228,7 +245,7 @@ def measure(
     models_of.cache_clear()
     for way in ("space", "time"):
         cells = {}
-        for key, members in with_processes if part.processes else ():
+        for key, members in sets if part.processes else ():
             for num in processes_of(part, len(members)):
                 cells[num, tuple(members)] = {**key, "way": way, "processes": num}
         if not cells or part.is_done([*cells.values()]):

@@ -32,7 +32,7 @@ from examples.paper_models import dtype_here, known
 
 WAYS = ("time", "space", "in turn", "space-time")
 POLICIES = {"in turn": "time", "space-time": "space-time", "exclusive": "exclusive"}
-MAX_BATCH_SIZE = 4  # of the engines: few steps to compile
+MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
 LOADS = (0.5, 0.7, 0.9)
 ROUNDS = 3  # of the abuse; 1 if small
 IN_FLIGHT = 4  # of a process

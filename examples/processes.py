@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 _CONTROL = "nvidia-cuda-mps-control"
+_GRACE_S = 10.0  # for the end: a client of MPS that is killed can take others along
 START_S = 300.0  # until all interpreters are up: they import, and find the device
 
 
@@ -120,11 +121,12 @@ class Pool:
         return [worker.receive(end_s - time.monotonic()) for worker in asked]
 
     def close(self) -> None:
-        """End all workers, whatever they are at."""
+        """End all workers: those that are at something after a moment."""
         for worker in self._workers:
-            worker.process.kill()
+            worker.hang_up()
+        end_s = time.monotonic() + _GRACE_S
         for worker in self._workers:
-            worker.close()
+            worker.close(end_s - time.monotonic())
         self._workers.clear()
 
 
@@ -178,14 +180,23 @@ class _Worker:
             raise self._failed(f"failed: {answer['error']}")
         return answer
 
-    def close(self) -> None:
-        """Wait for its end, which it has been given; close all files."""
-        self.process.wait()
+    def hang_up(self) -> None:
+        """Tell it that there is nothing more to do."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def close(self, grace_s: float) -> None:
+        """Wait for its end, or bring it about."""
+        try:
+            self.process.wait(max(grace_s, 0.0))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self._reader.join()
-        for file in (self.process.stdin, self.process.stdout, self.errors):
-            with contextlib.suppress(BrokenPipeError):
-                if file is not None:
-                    file.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.errors.close()
 
     def _failed(self, what: str) -> RuntimeError:
         self.errors.flush()
