@@ -30,7 +30,12 @@ SMALLEST = {
         "--chain_ops=40",
     ],
     "bench_paper": ["--part=gemm", "--scale=small", "--seconds=0.05", "--processes=2"],
-    "bench_policies": ["--scale=small", "--tenants=2", "--seconds=0.05"],
+    "bench_policies": [
+        "--scale=small",
+        "--model=lstm",
+        "--tenants=2",
+        "--seconds=0.05",
+    ],
     "bench_serving": ["--scale=small", "--workload=mlp", "--tenants=2"],
     "bench_step": ["--scale=small", "--jobs=1,2", "--calls=1", "--rounds=1"],
     "bench_subset": ["--scale=small", "--cases=gemm:6:2", "--calls=1", "--rounds=1"],
