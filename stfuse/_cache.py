@@ -7,9 +7,11 @@ that come and go, and engines of other policies, share what was compiled once.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from bisect import bisect_left, insort
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -108,34 +110,95 @@ def config_key() -> tuple[Hashable, ...]:
 
 STEPS = StepCache()
 
+Key = tuple[Hashable, ...]
+_MOST_REST = 64  # times the first patience
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Measurements of a bucket, seconds, by time and by size.
+
+    Attributes:
+        last_s: by time.
+        ordered_s: by size.
+        at: how many steps its lane had run by the last one, or when some were dropped.
+        patience: steps of its lane without it until it has rested.
+    """
+
+    patience: int
+    last_s: deque[float] = field(default_factory=deque)
+    ordered_s: list[float] = field(default_factory=list)
+    at: int = 0
+
+    def drop(self, step_s: float) -> None:
+        """Forget one measurement."""
+        self.last_s.remove(step_s)
+        del self.ordered_s[bisect_left(self.ordered_s, step_s)]
+
 
 class CostTable:
     """Measured step times by bucket, seconds: median and p99 of the last ones.
 
     A median forgets a stall (a first call, a preempted thread) that a mean would keep;
-    what has to be in time goes by the p99, over a longer window.
+    what has to be in time goes by the p99, over a longer window. A bucket that stalls
+    made look slow is not chosen, so nothing would ever correct it: when it has rested,
+    the slower half of what it measured is forgotten, so that it is tried again; the
+    more often, the longer that takes.
+
+    A key begins with the name of its lane.
     """
 
-    def __init__(self, window: int = 16, p99_window: int = 128) -> None:
-        """Start empty; medians are over ``window`` steps of a bucket."""
-        self._window, self._p99_window = window, p99_window
-        self._seen_s: dict[tuple[Hashable, ...], list[float]] = {}
+    def __init__(
+        self, window: int = 16, p99_window: int = 128, patience: int = 64
+    ) -> None:
+        """Start empty.
 
-    def record(self, key: tuple[Hashable, ...], step_s: float) -> tuple[float, float]:
+        Args:
+            window: medians are over so many steps of a bucket.
+            p99_window: and p99s over so many.
+            patience: steps of a lane without a bucket until that has rested, at first.
+        """
+        self._window, self._p99_window = window, p99_window
+        self._patience = patience
+        self._seen: dict[Key, _Seen] = {}
+        self._num_steps: dict[Hashable, int] = {}  # of each lane
+
+    def record(self, key: Key, step_s: float) -> tuple[float, float]:
         """Add a measurement; return the median and the p99."""
-        seen_s = self._seen_s.setdefault(key, [])
-        seen_s.append(step_s)
-        del seen_s[: -self._p99_window]
-        last_s = sorted(seen_s[-self._window :])
-        return last_s[len(last_s) // 2], _p99(seen_s)
+        seen = self._seen.get(key)
+        if seen is None:
+            seen = self._seen[key] = _Seen(self._patience)
+        if len(seen.last_s) == self._p99_window:
+            seen.drop(seen.last_s[0])
+        seen.last_s.append(step_s)
+        insort(seen.ordered_s, step_s)
+        seen.at = self._num_steps[key[0]] = self._num_steps.get(key[0], 0) + 1
+        return self._times(seen)
+
+    def rested(self, lane: str) -> dict[Key, tuple[float, float]]:
+        """Return new predictions of buckets that have not run for long, if any."""
+        now, found = self._num_steps.get(lane, 0), {}
+        if now % self._patience:
+            return found
+        for key, seen in self._seen.items():
+            num = len(seen.last_s)
+            is_rested = key[0] == lane and now - seen.at >= seen.patience
+            if is_rested and num > 1:
+                most = _MOST_REST * self._patience
+                seen.at, seen.patience = now, min(2 * seen.patience, most)
+                for slow_s in seen.ordered_s[num // 2 :]:
+                    seen.drop(slow_s)
+                found[key] = self._times(seen)
+        return found
 
     def forget(self, lane: str) -> None:
-        """Drop the measurements of a lane that ended: keys that begin with it."""
-        for key in [key for key in self._seen_s if key[0] == lane]:
-            del self._seen_s[key]
+        """Drop the measurements of a lane that ended."""
+        self._num_steps.pop(lane, None)
+        for key in [key for key in self._seen if key[0] == lane]:
+            del self._seen[key]
 
-
-def _p99(seen_s: Sequence[float]) -> float:
-    """Return what at most one in a hundred exceeds; of a few, the second largest."""
-    above = sorted(seen_s)[-2:]
-    return above[0] if len(seen_s) > 8 else above[-1]
+    def _times(self, seen: _Seen) -> tuple[float, float]:
+        recent_s = sorted(list(seen.last_s)[-self._window :])
+        # At most one in a hundred exceeds it; of a few, none.
+        p99_s = seen.ordered_s[-2 if len(seen.ordered_s) > 8 else -1]
+        return recent_s[(len(recent_s) - 1) // 2], p99_s

@@ -22,7 +22,7 @@ from stfuse._lane import Lane
 from stfuse._metrics import Metrics
 from stfuse._residency import Residency, as_install
 from stfuse._scheduler import Scheduler
-from stfuse._types import Device, Install, Leave
+from stfuse._types import Bucket, Device, Install, Leave, Ready
 
 SHARED = "all"  # the lane of all jobs that fuse
 
@@ -74,6 +74,21 @@ class Members:
         self._metrics = metrics
         self._faults = faults
         self._command = command
+
+    def measured(self, lane: Lane, bucket: Bucket, step_s: float) -> list[Ready]:
+        """Return what steps are predicted to take, now that one took so long.
+
+        Nothing if the lane is no longer served: called on the device thread.
+        """
+        if self.lanes.get(lane.name) is not lane:
+            return []
+        key = (lane.name, lane.capacities, bucket)
+        found = {key: self.costs.record(key, step_s), **self.costs.rested(lane.name)}
+        return [
+            Ready(lane.name, of, *times)
+            for (_, capacities, of), times in found.items()
+            if capacities == lane.capacities and of in lane.steps
+        ]
 
     def lose_lane(self, lane: Lane) -> None:
         """Stop serving a lane whose weights are spoilt; have it built anew."""

@@ -305,15 +305,13 @@ class Server:
 
     def start(self, lane: Lane, bucket: Bucket) -> None:
         """Let the scheduler use a measured bucket of a serving lane: a command."""
-        ready = self._ready(lane, bucket, lane.step_s[bucket])
-        with self.lock:
-            if self.lanes.get(lane.name) is lane:
-                self.scheduler.handle(ready)
+        self._predict(self.members.measured(lane, bucket, lane.step_s[bucket]))
 
-    def _ready(self, lane: Lane, bucket: Bucket, step_s: float) -> Ready:
-        """Return what a bucket is predicted to take, now that it took so long."""
-        key = (lane.name, lane.capacities, bucket)
-        return Ready(lane.name, bucket, *self.members.costs.record(key, step_s))
+    def _predict(self, predictions: Sequence[Ready]) -> None:
+        """Tell the scheduler what steps are predicted to take."""
+        with self.lock:
+            for ready in predictions:
+                self.scheduler.handle(ready)
 
     def _time_step(self, lane: Lane, bucket: Bucket) -> float:
         slots, inputs = _staging.sample(lane, bucket)
@@ -378,13 +376,12 @@ class Server:
         step_s = max(now_s - max(flight.launched_s, self._read_s), 1e-6)
         self._read_s = now_s
         lane, bucket = flight.lane, batch.bucket
-        ready = self._ready(lane, bucket, step_s)
+        predictions = self.members.measured(lane, bucket, step_s)
         record = _flight.record(flight, now_s, step_s)
         answers = _flight.answers(flight, outputs)
         _staging.release(lane, bucket, *flight.staged)
         with self.lock:
-            if self.lanes.get(lane.name) is lane:
-                self.scheduler.handle(ready)
+            self._predict(predictions)
             self.metrics.record(record)
             self.observe(record)
             ended = self.books.close(answers)

@@ -143,6 +143,24 @@ def test_a_stall_is_forgotten():
     assert [table.record(("a",), t) for t in (0.1, 9.0, 0.1)][-1] == (0.1, 9.0)
 
 
+def test_a_bucket_that_rests_forgets_its_slowest_measurements_until_one_is_left():
+    table = _cache.CostTable(patience=4)
+    slow, fast, other = ("a", "slow"), ("a", "fast"), ("b", "fast")
+    for step_s in (1.0, 9.0, 9.0, 9.0):
+        table.record(slow, step_s)
+        assert table.rested("a") == {}
+        table.record(other, step_s)
+    found = []
+    for _ in range(16):
+        table.record(fast, 2.0)
+        found.append(table.rested("a"))
+    kept = [each for each in found if each]
+    assert kept == [{slow: (1.0, 9.0)}, {slow: (1.0, 1.0)}]
+    assert found[3] and found[11]  # twice as long the second time
+    assert table.record(other, 9.0) == (9.0, 9.0)
+    assert table.record(slow, 1.0) == (1.0, 1.0)
+
+
 def test_measurements_of_one_bucket_say_nothing_of_another_and_can_be_forgotten():
     table = _cache.CostTable()
     table.record(("a", 1), 5.0)

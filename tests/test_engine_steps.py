@@ -80,6 +80,39 @@ def test_a_bucket_says_what_was_predicted_and_what_came():
     assert bucket.prediction_error == pytest.approx((0.0 + 3.0) / 2)
 
 
+def test_a_bucket_that_stalls_made_look_slow_is_tried_again():
+    clock, stall_s = ManualClock(), [0.0]
+
+    def step_s(inputs):
+        return 0.25 + (stall_s[0] if len(inputs[0]) == 2 else 0.0)
+
+    device = FakeDevice(clock, step_s=step_s)
+    jobs = [affine_job("a"), affine_job("b")]
+    options = {"device": device, "clock": clock, "max_batch_size": 1}
+    with serve(*jobs, **options, max_slots=2) as engine:
+
+        def run(rounds):
+            """Ask both so often; return how often the bucket of both ran."""
+            before = engine.stats().buckets.get("all 2x1")
+            for _ in range(rounds):
+                futures = [busy_with(engine, device, "a")]
+                futures += [engine.submit(name, ROW) for name in "ab"]
+                device.release()
+                for future in futures:
+                    future.result(60)
+            after = engine.stats().buckets["all 2x1"].steps
+            return after - (before.steps if before else 0)
+
+        assert run(8) >= 8
+        stall_s[0] = 5.0
+        run(20)
+        assert run(4) == 0  # it has learnt that it is slow
+        stall_s[0] = 0.0
+        assert run(4) == 0
+        run(64)
+        assert run(4) >= 4
+
+
 def test_refusals_are_counted_by_their_reason():
     clock, device = ManualClock(), FakeDevice()
     with serve(affine_job("a"), device=device, clock=clock, max_queue_size=2) as engine:
