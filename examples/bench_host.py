@@ -92,7 +92,12 @@ def saturate(engine: stfuse.Engine) -> None:
     stream = streams.in_turn(int(200_000 * _SECONDS.value), num, 1)
     before = engine.stats()
     run = load.saturate(
-        engine, targets, stream, _SECONDS.value, 4 * num, keep_every=1024
+        engine,
+        targets,
+        stream,
+        _SECONDS.value,
+        max(4 * num, load.WINDOW),
+        keep_every=1024,
     )
     after = engine.stats()
     fill = (after.rows - before.rows) / (after.steps - before.steps) / _ROWS.value

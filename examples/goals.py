@@ -59,7 +59,8 @@ class Options:
 
 def window(fleet: Fleet, max_batch_size: int) -> int:
     """Return the requests outstanding that keep every slot of two steps filled."""
-    return WINDOW_STEPS * len(fleet.jobs) * max(1, max_batch_size // fleet.rows)
+    of_steps = len(fleet.jobs) * max(1, max_batch_size // fleet.rows)
+    return max(WINDOW_STEPS * of_steps, load.WINDOW)
 
 
 def capacity(

@@ -26,6 +26,7 @@ from examples.streams import Stream
 
 ANSWER_TIMEOUT_S = 60.0
 REFILL_S = 0.002  # between looks at a full window
+WINDOW = 1024  # outstanding in a closed loop: more than is served between two looks
 WARM_UP_SHARE = 0.2  # of a closed loop, sent but not counted
 LEAD_S = 0.01  # from the start of a replay to the start of its stream
 PERCENTILES = (50.0, 99.0, 99.9)
@@ -323,7 +324,7 @@ def saturate(
     targets: Sequence[Target],
     stream: Stream,
     seconds: float,
-    window: int = 512,
+    window: int = WINDOW,
     *,
     keep_every: int = 1,
 ) -> Run:

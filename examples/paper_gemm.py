@@ -20,6 +20,7 @@ import stfuse
 from examples import paper, workloads
 from examples.paper import Part
 from examples.paper_worker import TURN, kinds_of, make_models, repeated, set_precision
+from examples.workloads import Workload
 
 SHAPES = ("conv2_2", "matvec", "square")
 DTYPES = {  # name: of arrays, precision of products
@@ -29,21 +30,35 @@ DTYPES = {  # name: of arrays, precision of products
 }
 REPLICAS = (1, 2, 4, 8, 10, 16, 20, 32, 40, 64, 96, 118)
 IN_PROCESSES = (1, 2, 4, 10, 20, 40, 118)
-FEW = (1, 10, 20, 118)  # of the dtypes that the paper has not
+FEW = (1, 2, 10, 20, 40, 118)  # but for the paper's own shape and dtype
+FEW_IN_PROCESSES = (1, 2, 10, 40)
+STEPS = 512  # of a launch
+IN_PROCESSES_S = 3  # longer than in one: launches take turns, and end in bursts
 WAYS = ("space-time", "in turn", "time", "space")
 IN_FLIGHT = 2
 PAPER = {"time": 7.71, "space": 3.23}  # geometric means over all R, conv2_2
 
 
-def sizes_of(
-    part: Part, dtype: str = "float32"
-) -> tuple[Sequence[int], Sequence[int], int]:
-    """Return R for one process, R for many, and steps per launch."""
+def sizes_of(part: Part, shape: str, dtype: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Return R for one process, and R for many."""
     if part.is_small:
-        return (1, 2, 3), (1, 2), 8
-    if dtype != "float32":
-        return FEW, FEW, 512
-    return REPLICAS, IN_PROCESSES, 512
+        return (1, 2, 3), (1, 2)
+    if (shape, dtype) == (SHAPES[0], "float32"):
+        return REPLICAS, IN_PROCESSES
+    return FEW, FEW_IN_PROCESSES
+
+
+def steps_of(part: Part) -> int:
+    """Return steps per launch."""
+    return TURN if part.is_small else STEPS
+
+
+@functools.lru_cache(maxsize=1)
+def models_of(shape: str, dtype: str, scale: str) -> tuple[Workload, list[Any]]:
+    """Return a shape's workload, and as many models as are ever asked for."""
+    is_small = scale == "small"
+    workload = workloads.make_paper_workloads(dtype, is_small=is_small)[shape]
+    return workload, make_models(workload, 0, 3 if is_small else REPLICAS[-1], dtype)
 
 
 def pairs_of(part: Part) -> list[tuple[str, str]]:
@@ -61,14 +76,13 @@ def in_turn(part: Part, shape: str, dtype: str, repeat: int) -> dict[str, Any]:
     """Time one product alone: R in turn take R times as long."""
     of_arrays, precision = DTYPES[dtype]
     set_precision(precision)
-    known = workloads.make_paper_workloads(of_arrays, is_small=part.is_small)
-    ((_, params, inputs),) = make_models(known[shape], 0, 1, of_arrays)
-    step = jax.jit(repeated(known[shape].apply_fn, repeat))
+    workload, ((_, params, inputs), *_) = models_of(shape, of_arrays, part.scale)
+    step = jax.jit(repeated(workload.apply_fn, repeat))
     kinds = kinds_of(jax.device_put(inputs), repeat)
     tenants = timed(functools.partial(step, params, kinds), part)
     found = {"per_s": repeat * paper.per_s(tenants, part.seconds)}
     if repeat // 2 >= TURN:  # a loop that was cut short would not be twice as long
-        half = jax.jit(repeated(known[shape].apply_fn, repeat // 2))
+        half = jax.jit(repeated(workload.apply_fn, repeat // 2))
         tenants = timed(functools.partial(half, params, kinds), part)
         found["half_loop_per_s"] = repeat // 2 * paper.per_s(tenants, part.seconds)
     return found
@@ -86,8 +100,8 @@ def space_time(
     """Time R products as one fused step, and compare what it answers."""
     of_arrays, precision = DTYPES[dtype]
     set_precision(precision)
-    workload = workloads.make_paper_workloads(of_arrays, is_small=part.is_small)[shape]
-    models = make_models(workload, 0, num, of_arrays)
+    workload, models = models_of(shape, of_arrays, part.scale)
+    models = models[:num]
     jobs = [stfuse.Job(n, workload.apply_fn, params, x) for n, params, x in models]
     fused = stfuse.fuse(jobs)
     bank = fused.pack()
@@ -111,7 +125,7 @@ def in_pool(
     way: str,
 ) -> None:
     """Time products of processes."""
-    *_, repeat = sizes_of(part)
+    repeat = steps_of(part)
     for (shape, dtype), numbers in cells.items():
         of_arrays, precision = DTYPES[dtype]
         what = {"scale": part.scale, "dtype": of_arrays}
@@ -137,28 +151,29 @@ def in_processes(
         members = [(shape, i) for i in range(num if each > 1 else len(pool))]
         loaded[each] = paper.load(pool, members, what)
     used = min(num, len(pool))
-    tenants = paper.run(pool, used, part.seconds, IN_FLIGHT)
-    rate = what["repeat"] * paper.per_s(tenants, part.seconds)
+    seconds = part.seconds * (1 if part.is_small else IN_PROCESSES_S)
+    tenants = paper.run(pool, used, seconds, IN_FLIGHT)
+    rate = what["repeat"] * paper.per_s(tenants, seconds)
     return {"per_s": rate, **loaded[each], "processes": used}
 
 
 def run(part: Part) -> None:
     """Measure what is missing, print the tables."""
     print(f"products; {part.records.path}")
-    *_, repeat = sizes_of(part)
+    repeat = steps_of(part)
     ordered = pairs_of(part)
     for shape, dtype in ordered:
         part.measure(
             key_of(shape, dtype, "in turn", 1),
             functools.partial(in_turn, part, shape, dtype, repeat),
         )
-        for num in sizes_of(part, dtype)[0]:
+        for num in sizes_of(part, shape, dtype)[0]:
             part.measure(
                 key_of(shape, dtype, "space-time", num),
                 functools.partial(space_time, part, shape, dtype, num, repeat),
             )
     for way in ("space", "time"):
-        cells = {pair: sizes_of(part, pair[1])[1] for pair in ordered}
+        cells = {pair: sizes_of(part, *pair)[1] for pair in ordered}
         keys = [key_of(*pair, way, num) for pair in cells for num in cells[pair]]
         if part.processes and not part.is_done(keys):
             num = min(max(max(numbers) for numbers in cells.values()), part.processes)
@@ -228,13 +243,13 @@ def print_table(part: Part, shape: str, dtype: str) -> None:
     flops = 2 * m * k * n
     print(f"\n{shape} {n}x{m}x{k}, {dtype}: 1,000 products/s (TFLOP/s of space-time)")
     print(f"{'R':>5}" + "".join(f"{way:>13}" for way in WAYS) + f"{'TFLOP/s':>10}")
-    shown = {*sizes_of(part)[0], *sizes_of(part)[1]}
+    shown = {num for numbers in sizes_of(part, shape, dtype) for num in numbers}
     for num in sorted(shown & {*ours}):
         cells = (found[way].get(num) for way in WAYS)
         text = "".join(f"{x / 1e3:13,.1f}" if x else f"{'-':>13}" for x in cells)
         mark = "  <- Table 1" if num in (10, 20) else ""
         print(f"{num:5}{text}{ours[num] * flops / 1e12:10.2f}{mark}")
-    for way in WAYS[1:]:
+    for way in (way for way in WAYS[1:] if found[way]):
         over = [geometric_mean(ours, found[way], least) for least in (2, 1)]
         even = break_even(ours, found[way])
         told = (

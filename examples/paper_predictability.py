@@ -36,7 +36,6 @@ MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
 LOADS = (0.5, 0.7, 0.9)
 ROUNDS = 3  # of the abuse; 1 if small
 IN_FLIGHT = 4  # of a process
-WINDOW = 4  # requests of each tenant outstanding in a closed loop
 STRAGGLER_SHARE = 0.2  # of a tenant's rate
 
 
@@ -67,7 +66,6 @@ class InEngine:
             self._fleet.targets,
             asked,
             seconds,
-            WINDOW * num,
             keep_every=goals.KEEP_EVERY,
         )
         self._check(run)

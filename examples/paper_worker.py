@@ -60,6 +60,7 @@ def repeated(step_fn: Step, repeat: int) -> Step:
     """
     if repeat == 1:
         return step_fn
+    step_fn = jax.jit(step_fn)  # traced once, not once per kind
 
     def turn(_: Any, carry: Any) -> Any:
         params, kinds, last = carry
@@ -71,12 +72,8 @@ def repeated(step_fn: Step, repeat: int) -> Step:
         return params, kinds, outputs
 
     def run(params: Any, kinds: Any) -> Any:
-        none = [
-            jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out)
-            for out in jax.eval_shape(
-                lambda p, xs: [step_fn(p, x) for x in xs], params, kinds
-            )
-        ]
+        zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
+        none = [zeros(jax.eval_shape(step_fn, params, inputs)) for inputs in kinds]
         return lax.fori_loop(0, repeat // TURN, turn, (params, kinds, none))[2]
 
     return run
@@ -86,12 +83,17 @@ def kinds_of(inputs: Any, repeat: int) -> Any:
     """Return the different inputs that `repeated` takes; the first are the inputs."""
     if repeat == 1:
         return inputs
-    return [
-        jax.tree.map(
-            lambda a, i=i: jnp.roll(a, i) + jnp.asarray(i, a.dtype) / 8, inputs
-        )
-        for i in range(TURN)
-    ]
+
+    @jax.jit
+    def kinds(inputs: Any) -> list[Any]:
+        def kind(i: int) -> Any:
+            return jax.tree.map(
+                lambda a: jnp.roll(a, i) + jnp.asarray(i, a.dtype) / 8, inputs
+            )
+
+        return [kind(i) for i in range(TURN)]
+
+    return kinds(inputs)
 
 
 def make_models(
