@@ -18,6 +18,13 @@ BEGIN = "<!-- policies table: made by make figures -->"
 END = "<!-- end of policies table -->"
 BEFORE = "## Where things are"  # the section that it stands before
 WAYS = ("exclusive", "time", "space", "space-time")
+ALL_WAYS = ("space-time", "in turn", "time", "space", "exclusive")  # then PyTorch's
+PLOTS = {  # file: a panel each, x, y, its name and scale
+    "gemm": ("shape", "R", "per_s", "products per second", "linear"),
+    "models": ("model", "R", "per_s", "requests per second", "log"),
+    "latency": ("model", "R", "p50_ms", "latency, ms", "log"),
+    "predictability": ("model", "what", "p99_ms", "p99, ms", "log"),
+}
 _GIB = 2**30
 
 
@@ -110,53 +117,73 @@ def plots(folder: pathlib.Path) -> list[pathlib.Path]:
         print("no plots: matplotlib is missing")
         return []
     made = []
-    for name, (of, xs, column, ylabel) in {
-        "gemm": ("shape", "R", "per_s", "products per second"),
-        "models": ("model", "R", "per_s", "requests per second"),
-        "latency": ("model", "R", "p50_ms", "latency, ms"),
-        "predictability": ("way", "what", "p99_ms", "p99, ms"),
-    }.items():
+    for name, (of, xs, column, ylabel, scale) in PLOTS.items():
         path = folder / f"{'models' if name == 'latency' else name}.json"
-        if path.exists():
-            figure = Figure(figsize=(12, 4), layout="constrained")
-            if draw(figure, records.read(path), of, xs, column, ylabel):
-                figure.savefig(folder / f"{name}.png", dpi=120)
-                made.append(folder / f"{name}.png")
+        panels = panels_of(records.read(path), of, xs, column) if path.exists() else {}
+        if panels:
+            figure = Figure(figsize=(12, 4.5), layout="constrained")
+            draw(figure, panels, xs, ylabel, scale)
+            figure.savefig(folder / f"{name}.png", dpi=120)
+            made.append(folder / f"{name}.png")
     return made
+
+
+def panels_of(
+    rows: Sequence[Mapping[str, Any]], of: str, xs: str, column: str
+) -> dict[str, dict[str, dict[Any, float]]]:
+    """Return numbers by panel, way and x: of every way its best number of processes.
+
+    Args:
+        rows: of a file.
+        of: the part of a key that a panel is of.
+        xs: and the part that is x.
+        column: of the values, y.
+    """
+    panels: dict[str, dict[str, dict[Any, float]]] = {}
+    best: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        key, values = row["key"], row["values"]
+        value = values.get(column)
+        if value is None or key.get("dtype", "float32") != "float32" or xs not in key:
+            continue
+        point = key[of], key["way"], key[xs]
+        per_s = values.get("per_s", 0.0)
+        if per_s >= best.get(point, 0.0):
+            best[point] = per_s
+            panels.setdefault(point[0], {}).setdefault(point[1], {})[point[2]] = value
+    for ways in panels.values():
+        most = max(max(points) for points in ways.values())
+        if [*ways.get("in turn", {})] == [1]:  # products: the same rate at any R
+            ways["in turn"][most] = ways["in turn"][1]
+    return panels
 
 
 def draw(
     figure: Any,
-    rows: Sequence[Mapping[str, Any]],
-    of: str,
+    panels: Mapping[str, Mapping[str, Mapping[Any, float]]],
     xs: str,
-    column: str,
     ylabel: str,
-) -> bool:
-    """Draw one number against another, a panel for each value of a part of the key."""
-    lines: dict[Any, dict[str, dict[Any, float]]] = {}
-    for row in rows:
-        key, value = row["key"], row["values"].get(column)
-        if value is None or key.get("dtype", "float32") != "float32" or xs not in key:
-            continue
-        way = key["way"]
-        if "processes" in key:
-            way = f"{way}, {key['processes']} processes"
-        lines.setdefault(key[of], {}).setdefault(way, {})[key[xs]] = value
-    for i, (panel, each) in enumerate(lines.items()):
-        axes = figure.add_subplot(1, len(lines), i + 1)
-        for way, points in each.items():
-            if way == "in turn" and [*points] == [1]:  # the same rate at any R
-                points |= {max(max(other) for other in each.values()): points[1]}
-            order = sorted(points)
-            axes.plot(order, [points[x] for x in order], ".-", label=way)
-        axes.set(title=str(panel), xlabel=xs)
-        axes.tick_params(axis="x", rotation=45 if xs == "what" else 0)
-        axes.grid(alpha=0.3)
+    scale: str,
+) -> None:
+    """Draw panels beside each other: a way has one color in all of them."""
+    found = {way for ways in panels.values() for way in ways}
+    ways = [*(way for way in ALL_WAYS if way in found), *sorted(found - {*ALL_WAYS})]
+    known: dict[str, Any] = {}
+    for i, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for way, points in ((way, lines[way]) for way in ways if way in lines):
+            order, color = sorted(points), f"C{ways.index(way)}"
+            (known[way],) = axes.plot(
+                order, [points[x] for x in order], ".-", color=color
+            )
+        axes.set(title=title, xlabel="" if xs == "what" else xs, yscale=scale)
+        axes.grid(alpha=0.3, which="both")
         if not i:
             axes.set_ylabel(ylabel)
-            axes.legend()
-    return bool(lines)
+    shown = [way for way in ways if way in known]
+    figure.legend(
+        [known[way] for way in shown], shown, loc="outside lower center", ncols=8
+    )
 
 
 def main(argv: list[str]) -> None:

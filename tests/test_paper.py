@@ -283,6 +283,24 @@ def test_the_table_is_made_of_rows_and_takes_its_place(tmp_path):
     assert figures.with_table(figures.with_table(once, "new"), table) == once
 
 
+def test_a_plot_shows_the_best_number_of_processes_and_in_turn_at_any_number():
+    def row(key, **values):
+        return {"key": key, "values": values}
+
+    key = {"shape": "s", "way": "space", "R": 4}
+    rows = [
+        row({**key, "processes": 2}, per_s=1.0, p50_ms=9.0),
+        row({**key, "processes": 4}, per_s=3.0, p50_ms=7.0),
+        row({**key, "processes": 8}, per_s=2.0, p50_ms=8.0),
+        row({**key, "way": "in turn", "R": 1}, per_s=5.0, p50_ms=1.0),
+        row({**key, "way": "torch vmap"}),
+        row({**key, "way": "time", "dtype": "bfloat16"}, per_s=5.0, p50_ms=1.0),
+    ]
+    panels = figures.panels_of(rows, "shape", "R", "p50_ms")
+    assert panels == {"s": {"space": {4: 7.0}, "in turn": {1: 1.0, 4: 1.0}}}
+    assert figures.panels_of(rows[-2:], "shape", "R", "p50_ms") == {}
+
+
 def test_without_results_nothing_is_written(tmp_path, capsys):
     before = (ROOT / "README.md").read_text()
     figures.main(["figures", str(tmp_path)])
