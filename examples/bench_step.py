@@ -122,7 +122,7 @@ def make_runs(
         fuseds[lowering] = fused
     if torch_rivals := find_torch():
         dtype = workloads.dtype_of(jobs[0])
-        runs |= torch_rivals.make_runs(workload, len(jobs), dtype)
+        runs |= torch_rivals.make_runs([workload] * len(jobs), dtype)
     return runs, fuseds
 
 

@@ -4,7 +4,7 @@ from examples import paper, paper_models
 from examples.paper import Part
 
 ZOO = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "minilm", "minilm4")
-WAYS = ("space-time", "in turn")
+WAYS = ("space-time", "in turn", "torch streams")
 
 
 def run(part: Part) -> None:

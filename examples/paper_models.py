@@ -145,7 +145,8 @@ def in_torch(part: Part, models: Sequence[tuple[Any, ...]], way: str) -> dict[st
     if not torch_rivals.is_usable():
         return {}
     before = torch.cuda.memory_allocated()
-    runs = torch_rivals.make_runs(models[0][1], len(models), dtype_here(), [way])
+    members = [workload for _, workload, *_ in models]
+    runs = torch_rivals.make_runs(members, dtype_here(), [way])
     if way not in runs:
         return {}
     held = {"bytes": torch.cuda.memory_allocated() - before}

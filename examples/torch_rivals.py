@@ -1,7 +1,8 @@
-"""PyTorch's ways to run equal models side by side, for ``bench_step --torch``.
+"""PyTorch's ways to run models side by side, for `bench_step` and `bench_paper`.
 
     torch streams  each model in a CUDA graph, replayed on a stream of its own
-    torch vmap     torch.func.functional_call under torch.vmap, compiled, with graphs
+    torch vmap     torch.func.functional_call under torch.vmap, compiled, with graphs;
+                   of equal models only
 
 A twin has a workload's sizes, and weights of its own: times can be compared, answers
 cannot. The encoders are PyTorch's own layers; an LSTM is cuDNN's on streams and a loop
@@ -22,6 +23,8 @@ from torch import nn
 
 from examples.workloads import GemmConfig, Run, Workload
 from models import bert, lstm, mlp
+
+_VISION = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
 
 
 class Pending:
@@ -111,12 +114,13 @@ def _vision(name: str, config: Any) -> nn.Module:
 
 def _twins(workload: Workload) -> tuple[Callable[[Any], nn.Module], ...]:
     """Return what makes a twin for streams, and one for vmap; nothing without one."""
-    if workload.name in ("resnet50", "mobilenet_v2"):
+    if workload.name in _VISION:
         if not importlib.util.find_spec("torchvision"):
             return ()
         return (functools.partial(_vision, workload.name),) * 2
     return {
         "minilm": (_Encoder, _Encoder),
+        "minilm4": (_Encoder, _Encoder),
         "bert": (_Encoder, _Encoder),
         "lstm": (_LSTM, _LoopLSTM),
         "gemm": (_gemm, _gemm),
@@ -125,11 +129,11 @@ def _twins(workload: Workload) -> tuple[Callable[[Any], nn.Module], ...]:
 
 
 def _inputs(
-    workload: Workload, num_jobs: int, dtype: torch.dtype, device: str
+    members: Sequence[Workload], dtype: torch.dtype, device: str
 ) -> list[torch.Tensor]:
     """Return one request per model; images NCHW, in memory NHWC."""
     found, rng = [], np.random.default_rng(0)
-    for _ in range(num_jobs):
+    for workload in members:
         x = workload.input_fn(rng)
         if isinstance(x, Mapping):
             found.append(torch.from_numpy(x["ids"]).long().to(device))
@@ -202,8 +206,7 @@ def vmap_run(models: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) -> Run
 
 
 def make_runs(
-    workload: Workload,
-    num_jobs: int,
+    members: Sequence[Workload],
     dtype: str,
     wanted: Sequence[str] = ("torch streams", "torch vmap"),
     device: str = "cuda",
@@ -211,33 +214,37 @@ def make_runs(
     """Return what each of PyTorch's rivals runs per call; compiled, and run once.
 
     Args:
-        workload: its twin is run.
-        num_jobs: how many models.
+        members: one per model; its twin is run.
         dtype: ``"bfloat16"`` or ``"float32"``.
-        wanted: which of them.
+        wanted: which of them; models that are not alike cannot be mapped.
         device: where; streams need a GPU.
 
     Returns:
         By name; without those that have no twin, or cannot run: a line says why.
     """
     runs: dict[str, Run] = {}
+    twins = {workload.name: _twins(workload) for workload in members}
+    missing = [name for name, made in twins.items() if not made]
+    if missing:
+        print(f"    PyTorch is left out: it has no twin of {', '.join(missing)} here")
+        return runs
     ways = {"torch streams": streams_run, "torch vmap": vmap_run}
-    twins, torch_dtype = _twins(workload), getattr(torch, dtype)
-    if not twins:
-        print(f"    PyTorch is left out: it has no twin of {workload.name} here")
-    for (name, make_run), twin in zip(ways.items(), twins, strict=False):
-        if name not in wanted:
+    for i, (name, make_run) in enumerate(ways.items()):
+        if name not in wanted or (make_run is vmap_run and len(twins) > 1):
             continue
+        torch_dtype = getattr(torch, dtype)
         try:
             with torch.device(device):  # left again: compiled code depends on it
                 models = [
-                    twin(workload.config).to(torch_dtype).eval()
-                    for _ in range(num_jobs)
+                    twins[workload.name][i](workload.config).to(torch_dtype).eval()
+                    for workload in members
                 ]
-            if workload.name in ("resnet50", "mobilenet_v2"):
-                models = [m.to(memory_format=torch.channels_last) for m in models]
+            models = [
+                m.to(memory_format=torch.channels_last) if w.name in _VISION else m
+                for m, w in zip(models, members, strict=True)
+            ]
             with torch.no_grad():
-                run = make_run(models, _inputs(workload, num_jobs, torch_dtype, device))
+                run = make_run(models, _inputs(members, torch_dtype, device))
                 run().block_until_ready()
             runs[name] = run
         except Exception as error:  # a rival that fails must not end the benchmark
