@@ -1,6 +1,6 @@
 """Whole models, each way to share a device: throughput, latency, memory, energy.
 
-    exclusive      one model, its batch R: what R different models could at best be
+    exclusive      one model, its batch R: what the paper calls the ideal
     in turn        one process, one jit after the other
     space-time     one fused step
     time           processes that take turns
@@ -13,6 +13,7 @@ Latency is of a launch with nothing else in flight in its process; throughput is
 """
 
 import functools
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,6 +145,7 @@ def in_torch(part: Part, models: Sequence[tuple[Any, ...]], way: str) -> dict[st
         return {}
     if not torch_rivals.is_usable():
         return {}
+    gc.collect()  # what other ways of it held, in cycles
     before = torch.cuda.memory_allocated()
     members = [workload for _, workload, *_ in models]
     runs = torch_rivals.make_runs(members, dtype_here(), [way])
