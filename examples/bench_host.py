@@ -7,7 +7,6 @@ beside it. Medians over rounds. Then one client asks as fast as it gets answers:
 the engine serves of what such a device could.
 """
 
-import dataclasses
 import statistics
 import time
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 import stfuse
-from examples import load, streams
+from examples import goals, load, streams
 from stfuse.testing import FakeDevice, affine_job
 
 _TENANTS = flags.DEFINE_integer("tenants", 64, "One request each.", lower_bound=2)
@@ -52,19 +51,17 @@ class PacedDevice(FakeDevice):
         return super().read(arrays)
 
 
-def host_s(engine: stfuse.Engine) -> dict[str, float]:
-    """Return the device thread's host seconds so far, by stage."""
-    time.sleep(1e-3)  # it counts a step after it answered it
-    stats = engine.stats()
-    stages = dataclasses.asdict(stats.host)
-    return {name[:-2]: seconds * stats.steps for name, seconds in stages.items()}
+def settled(engine: stfuse.Engine) -> stfuse.Snapshot:
+    """Return the engine's counts, the last step's too: it is counted once answered."""
+    time.sleep(1e-3)
+    return engine.stats()
 
 
 def time_round(engine: stfuse.Engine, device: FakeDevice) -> dict[str, float]:
     """Return host microseconds per request of one full step, by stage."""
     x = np.ones((_ROWS.value, _WIDTH.value), np.float32)
     names = [f"tenant-{i}" for i in range(_TENANTS.value)]
-    before = host_s(engine)
+    before = settled(engine)
     launches = device.num_launches
     device.hold()
     futures = [engine.submit(names[0], x)]  # keeps the device thread out of the way
@@ -77,11 +74,11 @@ def time_round(engine: stfuse.Engine, device: FakeDevice) -> dict[str, float]:
     device.release()
     for future in reversed(futures):  # the last one first: one wake-up, not many
         future.result()
-    after = host_s(engine)
-    spent = {name: after[name] - before[name] for name in before}
-    per_request = 1e6 / len(futures)
+    after = settled(engine)
+    share = (after.steps - before.steps) / len(futures)
+    spent = goals.host_us(before, after)
     submit_us = submit_s * 1e6 / len(names)
-    return {"submit": submit_us} | {k: s * per_request for k, s in spent.items()}
+    return {"submit": submit_us} | {name: us * share for name, us in spent.items()}
 
 
 def saturate(engine: stfuse.Engine) -> None:
@@ -105,6 +102,7 @@ def saturate(engine: stfuse.Engine) -> None:
         f"saturated: {run.answered_per_s:,.0f} requests/s in steps of {fill:.1f}, "
         f"{1e6 / run.answered_per_s:.1f} us each, client and its callback included"
     )
+    print(f"host us per step there: {load.named(goals.host_us(before, after))}")
     if _STEP_MS.value:
         device_per_s = 1e3 * num / _STEP_MS.value
         share = run.answered_per_s / device_per_s

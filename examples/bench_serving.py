@@ -181,6 +181,7 @@ def measure_step(
         f"  bare step {1e3 * bare['step_s']:.3f} ms with two in flight, "
         f"{1e3 * bare['latency_s']:.3f} ms waited for; the engine's {found['bucket']} "
         f"{1e3 * found['engine_step_s']:.3f} ms\n"
+        f"  host us per step: {load.named(found['host_us'])}\n"
         f"  at 70% load p50 {loaded['p50_ms']:.2f} ms, p99 {loaded['p99_ms']:.2f} ms: "
         f"{found['p99_steps']:.1f} bare steps (goal 3.0), {found['p99_latencies']:.1f} "
         "of those waited for",

@@ -104,6 +104,18 @@ def tenants_per_step(before: stfuse.Snapshot, after: stfuse.Snapshot) -> float:
     return (seen[1] - seen[0]) / max(after.steps - before.steps, 1)
 
 
+def host_us(before: stfuse.Snapshot, after: stfuse.Snapshot) -> dict[str, float]:
+    """Return the host's mean microseconds of a step between two snapshots, by stage."""
+    steps = max(after.steps - before.steps, 1)
+    old, new = (dataclasses.asdict(each.host) for each in (before, after))
+    return {
+        name.removesuffix("_s"): 1e6
+        * (new[name] * after.steps - old[name] * before.steps)
+        / steps
+        for name in new
+    }
+
+
 def slots_and_rows(bucket: str) -> tuple[int, int]:
     """Return the slots, over all species, and the rows of a bucket of a snapshot.
 
@@ -185,13 +197,13 @@ def against_bare(
 
     Returns:
         ``ratio``: the engine's rows/s over the bare step's at the bucket that it used
-        most; ``p99_steps``: p99 at `HIGH_LOAD` in bare step times, two in flight.
+        most; ``p99_steps``: p99 at `HIGH_LOAD` in bare step times, two in flight;
+        ``host_us``: what a saturated step costs the host, by stage.
     """
     equal = np.ones(len(fleet.jobs))
     before = engine.stats()
     run, bucket = capacity(engine, fleet, equal, outstanding, options)
-    per_step = tenants_per_step(before, engine.stats())
-    measured_s = engine.stats().buckets[bucket].measured_s
+    after = engine.stats()
     bare = bare_step(fleet, *slots_and_rows(bucket), options.seconds / 2)
     rate = HIGH_LOAD * run.answered_per_s
     num_inputs = len(fleet.targets[0].inputs)
@@ -203,8 +215,9 @@ def against_bare(
     return {
         "bucket": bucket,
         "bare": bare,
-        "engine_step_s": measured_s,
-        "tenants_per_step": per_step,
+        "engine_step_s": after.buckets[bucket].measured_s,
+        "tenants_per_step": tenants_per_step(before, after),
+        "host_us": host_us(before, after),
         "rows_per_s": rows_per_s,
         "ratio": rows_per_s / bare["rows_per_s"],
         "high_load": dataclasses.asdict(found),

@@ -15,7 +15,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -155,6 +155,11 @@ def summarize(
         *(1e3 * percentiles(own_s[is_answered])).tolist(),
         float(1e3 * percentiles(lag_s, (99.0,))[0]),
     )
+
+
+def named(values: Mapping[str, float]) -> str:
+    """Return numbers with their names, as text."""
+    return ", ".join(f"{name} {value:.0f}" for name, value in values.items())
 
 
 @contextlib.contextmanager

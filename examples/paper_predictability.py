@@ -42,7 +42,7 @@ STRAGGLER_SHARE = 0.2  # of a tenant's rate
 class Way(Protocol):
     """Something that serves N tenants."""
 
-    def capacity(self, seconds: float) -> tuple[float, float]:
+    def capacity(self, seconds: float) -> dict[str, Any]:
         """Return requests/s as fast as possible, and the fastest over the slowest."""
 
     def send(self, rates: np.ndarray, seconds: float, seed: int) -> list[np.ndarray]:
@@ -56,11 +56,12 @@ class InEngine:
         """Take an engine that is ready."""
         self._engine, self._fleet = engine, fleet
 
-    def capacity(self, seconds: float) -> tuple[float, float]:
-        """Ask every tenant in turn."""
+    def capacity(self, seconds: float) -> dict[str, Any]:
+        """Ask every tenant in turn; tell what a step costs the host too."""
         num = len(self._fleet.jobs)
         most = int(goals.MOST_PER_S * seconds)
         asked = streams.in_turn(most, num, len(self._fleet.targets[0].inputs))
+        before = self._engine.stats()
         run = load.saturate(
             self._engine,
             self._fleet.targets,
@@ -70,7 +71,13 @@ class InEngine:
         )
         self._check(run)
         served = np.bincount(run.stream.tenants[run.is_answered], minlength=num)
-        return run.answered_per_s, float(served.max() / max(served.min(), 1))
+        after = self._engine.stats()
+        return {
+            "per_s": run.answered_per_s,
+            "fastest_over_slowest": float(served.max() / max(served.min(), 1)),
+            "tenants_per_step": goals.tenants_per_step(before, after),
+            "host_us": goals.host_us(before, after),
+        }
 
     def send(self, rates: np.ndarray, seconds: float, seed: int) -> list[np.ndarray]:
         """Send the first tenant's requests from a thread of its own."""
@@ -106,11 +113,12 @@ class InPool:
         """Take processes that have their models."""
         self._pool, self._num = pool, num
 
-    def capacity(self, seconds: float) -> tuple[float, float]:
+    def capacity(self, seconds: float) -> dict[str, Any]:
         """Have each run as fast as it can."""
         tenants = paper.run(self._pool, self._num, seconds, IN_FLIGHT)
         served = [len(tenant["done_s"]) for tenant in tenants]
-        return paper.per_s(tenants, seconds), max(served) / max(min(served), 1)
+        spread = max(served) / max(min(served), 1)
+        return {"per_s": paper.per_s(tenants, seconds), "fastest_over_slowest": spread}
 
     def send(self, rates: np.ndarray, seconds: float, seed: int) -> list[np.ndarray]:
         """Have each send to itself."""
@@ -276,11 +284,7 @@ def measure_way(
     with serving(part, way, fleet, model) as server:
         if server is None:
             return
-
-        def capacity() -> dict[str, Any]:
-            per_s, spread = server.capacity(seconds)
-            return {"per_s": per_s, "fastest_over_slowest": spread}
-
+        capacity = functools.partial(server.capacity, seconds)
         found = part.measure({**key, "what": "capacity"}, capacity)
         if found is None:
             return

@@ -244,8 +244,12 @@ def test_the_step_goals_are_ratios_to_the_bare_step(monkeypatch):
     )
 
     bucket = SimpleNamespace(steps=3, measured_s=0.0006)
-    seen = SimpleNamespace(steps=9, tenants_per_step=1.5, buckets={"all 2x4": bucket})
-    engine = SimpleNamespace(stats=lambda: seen)
+    seen = {"tenants_per_step": 1.5, "buckets": {"all 2x4": bucket}}
+    stats = [
+        SimpleNamespace(steps=num, host=stfuse.HostStats(decide_s=each_s), **seen)
+        for num, each_s in ((1, 1e-6), (9, 1e-5))
+    ]
+    engine = SimpleNamespace(stats=lambda: stats.pop(0))
     found = goals.against_bare(engine, own, 16, options())
     assert found["bare"]["at"] == (2, 4)
     assert found["ratio"] == 100.0 * 4 / 800  # requests/s, rows of each, bare rows/s
