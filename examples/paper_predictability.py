@@ -34,6 +34,7 @@ WAYS = ("time", "space", "in turn", "space-time")
 POLICIES = {"in turn": "time", "space-time": "space-time", "exclusive": "exclusive"}
 MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
 LOADS = (0.5, 0.7, 0.9)
+LONG = {"load 0.7": 5}  # times as long as capacity; else 2: medians differ by chance
 ROUNDS = 3  # of the abuse; 1 if small
 IN_FLIGHT = 4  # of a process
 STRAGGLER_SHARE = 0.2  # of a tenant's rate
@@ -299,7 +300,8 @@ def measure_way(
                 rate = (
                     common(part, base) if is_common else float(share) * found["per_s"]
                 )
-                one = functools.partial(loaded, server, rate, num, 2 * seconds)
+                times = 2 if part.is_small else LONG.get(what, 2)
+                one = functools.partial(loaded, server, rate, num, times * seconds)
             part.measure({**key, "what": what}, one)
 
 
