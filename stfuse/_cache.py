@@ -175,6 +175,11 @@ class CostTable:
         seen.at = self._num_steps[key[0]] = self._num_steps.get(key[0], 0) + 1
         return self._times(seen)
 
+    def fastest_s(self, key: Key) -> float:
+        """Return the least of a bucket's measurements, 0 without any."""
+        seen = self._seen.get(key)
+        return seen.ordered_s[0] if seen else 0.0
+
     def rested(self, lane: str) -> dict[Key, tuple[float, float]]:
         """Return new predictions of buckets that have not run for long, if any."""
         now, found = self._num_steps.get(lane, 0), {}

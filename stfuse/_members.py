@@ -90,6 +90,10 @@ class Members:
             if capacities == lane.capacities and of in lane.steps
         ]
 
+    def fastest_s(self, lane: Lane, bucket: Bucket) -> float:
+        """Return the least that a bucket's steps took lately; 0 if that is unknown."""
+        return self.costs.fastest_s((lane.name, lane.capacities, bucket))
+
     def lose_lane(self, lane: Lane) -> None:
         """Stop serving a lane whose weights are spoilt; have it built anew."""
         logging.error("stfuse: lane '%s' lost its weights; it is built anew", lane.name)

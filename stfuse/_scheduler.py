@@ -79,7 +79,7 @@ class Scheduler:
         self._queues = Queues(policy, self._emptied)
         self._tenants: dict[str, Tenant] = {}
         self._lanes: dict[str, LaneBuckets] = {}
-        self._num_steps = 0
+        self._num_steps = self._num_served = 0
         self._is_contended = False
 
     @property
@@ -96,6 +96,15 @@ class Scheduler:
     def queued_bytes(self) -> int:
         """Bytes of the inputs of the requests waiting."""
         return self._queues.num_bytes
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether as many tenants wait as the last step serves.
+
+        Then one more on the device keeps it busy; else it would be emptier than need
+        be, and whoever comes next would wait for both.
+        """
+        return len(self._queues.waiting) >= self._num_served
 
     def queued(self, tenant: str) -> tuple[int, ...]:
         """Return a tenant's waiting requests, in the order they would run."""
@@ -346,6 +355,7 @@ class Scheduler:
         step_s = lane.ready[bucket].step_s
         row_s = step_s / sum([chunk.rows for chunk in chunks])
         self._num_steps += 1
+        self._num_served = len({chunk.tenant for chunk in chunks})
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
         for tenant, chunk in zip(tenants, chunks, strict=True):

@@ -2,7 +2,8 @@
 
 Rules:
     Everything here is guarded by ``server.lock``; only launches and reads run outside
-    it, on the one device thread, with at most two steps in flight.
+    it, on the one device thread, with at most two steps in flight; the second just
+    before the first ends, unless a backlog fills it sooner.
     A request is answered once, by whoever takes it off the books.
     What others want done on the device (a swap, a new lane) is a command: it runs
     between two steps.
@@ -45,6 +46,8 @@ from stfuse._types import (
 CLOSED = "`stfuse.Engine`: the engine is closed; build a new one."
 _LATE = "the request's deadline passed before it could start"
 _MAX_IN_FLIGHT = 2
+_LEAD = 2.0  # times what the host took for the last step
+_MOST_WAIT_S = 0.1  # should a step be done long before it was ever seen to be
 _Command = tuple[Callable[[], Any], Future[Any]]
 _Work = _Command | Decision | Flight
 
@@ -77,15 +80,8 @@ class Server:
             self.lock, clock, device, self.books, self._in_flight, self.metrics
         )
         self.observe: Callable[[StepRecord], None] = lambda record: None
-        self.members = Members(
-            self.lock,
-            scheduler,
-            self.books,
-            self.metrics,
-            self.faults,
-            self.command,
-            device,
-        )
+        own = self.books, self.metrics, self.faults, self.command
+        self.members = Members(self.lock, scheduler, *own, device)
         self.tenants, self.lanes = self.members.tenants, self.members.lanes
         self.is_closed = False
         self._is_stopping = self._is_stopped = False
@@ -245,7 +241,19 @@ class Server:
             return (None, wait_s) if wait_s else ((faults.probe, Future()), None)
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
             return None, None
+        if self._in_flight:
+            self._wait_for_company(self._in_flight[-1])
         return self._decide()
+
+    def _wait_for_company(self, last: Flight) -> None:
+        """Wait until the next step has to be staged to follow the last at once."""
+        if self.is_clock_real and not self.scheduler.has_backlog:
+            step_s = self.members.fastest_s(last.lane, last.batch.bucket)
+            lead_s = _LEAD * sum(last.host_s)
+            until_s = max(last.launched_s, self._read_s) + step_s - lead_s
+            wait_s = min(until_s - self.clock(), _MOST_WAIT_S)
+            if wait_s > 0:
+                self._work.wait(wait_s)
 
     def _decide(self) -> tuple[_Work | None, float | None]:
         """Return what to start now, or how long to wait; the lock is held."""

@@ -127,7 +127,8 @@ def simulate(
 ) -> Simulation:
     """Run the real scheduler over a trace; no device, no thread, no waiting.
 
-    Steps take what the table says, two may be in flight, and a request has one row.
+    Steps take what the table says, two may be in flight if there is a backlog, and a
+    request has one row.
 
     Args:
         trace: who asks when.
@@ -249,7 +250,8 @@ class _Run:
         while True:
             self._arrive(scheduler)
             wait_s = None
-            if len(self.in_flight) < _MAX_IN_FLIGHT:
+            num = len(self.in_flight)
+            if not num or (num < _MAX_IN_FLIGHT and scheduler.has_backlog):
                 decision = scheduler.decide(self.now_s)
                 self.fates[_EXPIRED] += len(decision.expired)
                 if decision.batch is not None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import stfuse
+from stfuse import _server
 from stfuse.testing import FakeDevice, ManualClock, affine_job
-from tests.serving import ROW, busy_with, serve
+from tests.serving import ROW, busy_with, serve, wait_for
 
 
 class Recorder(FakeDevice):
@@ -167,3 +168,64 @@ def test_lives_are_logged_and_requests_are_not(caplog):
         "stfuse: the device is back",
         "stfuse: job 'a' left",
     ]
+
+
+class Stopped(FakeDevice):
+    """A clock that only its steps move, and a call for every launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.now_s = 0.0
+        self.on_launch = lambda inputs: None
+
+    def launch(self, compiled, bank, slots, inputs):
+        self.on_launch(inputs)
+        return super().launch(compiled, bank, slots, inputs)
+
+    def read(self, outputs):
+        found = super().read(outputs)
+        self.now_s += 60.0
+        return found
+
+
+def test_a_step_that_follows_another_waits_for_company_while_it_would_not_run_anyway(
+    monkeypatch,
+):
+    monkeypatch.setattr(_server, "_MOST_WAIT_S", 60.0)
+    device, names, late = Stopped(), "abcd", []
+    options = {"device": device, "clock": lambda: device.now_s, "max_batch_size": 1}
+    jobs = [affine_job(name) for name in names]
+    with serve(*jobs, **options, max_slots=4) as engine:
+
+        def come(inputs):
+            """While a and b are launched, a third one comes."""
+            if len(inputs[0]) == 2 and not late:
+                late.append(engine.submit("c", ROW))
+
+        def wake_until(num_launches):
+            def is_there():
+                engine._server.wake()
+                return device.num_launches >= num_launches
+
+            wait_for(is_there)
+
+        futures = [busy_with(engine, device, "a")]
+        before = device.num_launches
+        device.on_launch = come
+        futures += [engine.submit(name, ROW) for name in "ab"]
+        wake_until(before + 1)
+        device.release()
+        wait_for(futures[0].done)  # from now on a and b alone are in flight
+        futures.append(engine.submit("d", ROW))
+        wake_until(before + 2)
+        for future in futures + late:
+            np.testing.assert_array_equal(future.result(60), ROW * 3)
+        assert device.num_launches == before + 2  # c and d together
+
+
+def test_a_step_that_is_done_sooner_than_ever_is_answered_soon():
+    device = Stopped()  # a minute a step by its clock, and no time at all
+    options = {"device": device, "clock": lambda: device.now_s}
+    with serve(affine_job("a"), **options) as engine:
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.submit("a", ROW).result(20), ROW * 3)

@@ -129,7 +129,7 @@ def spoiled(tree, bad):
     return structure.unflatten(leaves)
 
 
-@many(5)
+@many(3)
 @given(programs.batches())
 def test_every_launch_gives_what_its_ops_give_alone(batch):
     check_launches(batch)
