@@ -72,6 +72,18 @@ def test_the_worst_of_several_goes_first():
     assert worst({"fine": fine}) is None
 
 
+def test_a_busy_host_makes_steps_longer_and_nobody_a_straggler():
+    own = {Bucket((2, 0, 0), 4): 1.0, Bucket((0, 2, 0), 4): 1.0}
+    own |= {Bucket((0, 0, 1), 4): 1.0, ALL: 2.5, Bucket((2, 2, 0), 4): 1.8}
+    random.seed(0)
+    quiet = [step(2.5, "a0", "b0", "slow") for _ in range(8)]
+    busy = [step(2.5 + random.uniform(1, 9), "a0", "b0", "slow") for _ in range(56)]
+    assert worst(measure("all", GROUPS, own, watched(*quiet, *busy))) is None
+    slow = [step(9.5 + random.uniform(0, 9), "a0", "b0", "slow") for _ in range(64)]
+    key, _ = worst(measure("all", GROUPS, own, watched(*slow)))
+    assert key == "slow"
+
+
 def test_what_ran_rarely_is_judged_by_its_first_measurement():
     own = {**OWN, ALL: 11.0}
     found = measure("all", GROUPS, own, watched(*[step(50.0, "a0")] * 31))
