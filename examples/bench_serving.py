@@ -66,7 +66,7 @@ _DEADLINE_MS = flags.DEFINE_float("deadline_ms", 20.0, "From the intended send t
 _CV = flags.DEFINE_float("cv", 1.0, "Of the gaps: 1 is Poisson, above is bursty.")
 _ZIPF = flags.DEFINE_float("zipf", 1.0, "Exponent over tenants; 0 makes them equal.")
 _MAX_BATCH_SIZE = flags.DEFINE_integer("max_batch_size", 4, "Of the engines.")
-_STEP_ROWS = flags.DEFINE_list("step_rows", ["1", "4"], "Rows a request, for step.")
+_ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _SWITCH_MS = flags.DEFINE_float(
     "switch_ms", 5.0, "Python's switch interval: how long threads wait for each other."
 )
@@ -168,10 +168,10 @@ def print_load(text: str, found: load.Summary, tenants_per_step: float) -> None:
 
 
 def measure_step(
-    fleet: Fleet, rows: int, engine: stfuse.Engine, options: goals.Options
+    engine: stfuse.Engine, fleet: Fleet, options: goals.Options
 ) -> dict[str, Any]:
     """Compare an engine with its bare step, and print it."""
-    outstanding = goals.window(fleet, rows)
+    outstanding = goals.window(fleet, _MAX_BATCH_SIZE.value)
     found = goals.against_bare(engine, fleet, outstanding, options)
     bare, loaded = found["bare"], found["high_load"]
     print(
@@ -184,7 +184,7 @@ def measure_step(
         f"  host us per step: {load.named(found['host_us'])}\n"
         f"  at 70% load p50 {loaded['p50_ms']:.2f} ms, p99 {loaded['p99_ms']:.2f} ms: "
         f"{found['p99_steps']:.1f} bare steps (goal 3.0), {found['p99_latencies']:.1f} "
-        "of those waited for",
+        f"of those waited for; steps {load.named(found['steps'])}",
         flush=True,
     )
     return found
@@ -274,6 +274,8 @@ def measure_policy(
                 engine, fleet, rate / 2, settings, _SEARCH_STEPS.value
             )
             answers.worst = max(answers.worst, found["loadgen"]["difference"])
+        if policy == "space-time" and "step" in asked:
+            found["step"] = measure_step(engine, fleet, options)
         if policy == "space-time" and "isolation" in asked:
             found["isolation"] = measure_isolation(engine, fleet, rate, options)
         if policy == "space-time" and "join" in asked:
@@ -317,8 +319,9 @@ def check_flags(known: Mapping[str, Any]) -> None:
     if unknown := sorted({*_MEASURES.value} - {*MEASURES}):
         there = ", ".join(MEASURES)
         raise app.UsageError(f"--measure: no {unknown}; there are {there}")
-    if not all(text.isdecimal() and int(text) for text in _STEP_ROWS.value):
-        raise app.UsageError(f"--step_rows: found {_STEP_ROWS.value}; pass numbers")
+    if _ROWS.value > _MAX_BATCH_SIZE.value:
+        most = f"at most --max_batch_size={_MAX_BATCH_SIZE.value}"
+        raise app.UsageError(f"--rows: found {_ROWS.value}; pass {most}")
     try:
         are_positive = all(float(text) > 0 for text in _LOADS.value)
     except ValueError:
@@ -329,30 +332,6 @@ def check_flags(known: Mapping[str, Any]) -> None:
         raise app.UsageError(f"--measure=loadgen: {loadgen.MISSING}")
     if _PLOT.value and not importlib.util.find_spec("matplotlib"):
         raise app.UsageError("--plot: matplotlib is missing; pip install matplotlib")
-
-
-def measure(
-    workload: workloads.Workload,
-    num: int,
-    dtype: Any,
-    answers: Answers,
-    results: dict[str, Any],
-) -> Iterator[None]:
-    """Measure everything into ``results``; yield after each part."""
-    everyone = fleets.make_fleet(workload, num + 1, 1, dtype)
-    fleet, newcomer = everyone.first(num), everyone.jobs[-1]
-    if "step" in _MEASURES.value:
-        for rows in map(int, _STEP_ROWS.value):
-            own = fleets.make_fleet(workload, num, rows, dtype)
-            with serve(own, "space-time", rows) as engine:
-                found = measure_step(own, rows, engine, options_of(own, answers))
-            results.setdefault("step", {})[str(rows)] = found
-            yield
-    policies = results["policies"] = {}
-    if {*_MEASURES.value} - {"step"}:
-        for policy in dict.fromkeys(_POLICIES.value):
-            policies[policy] = measure_policy(policy, fleet, newcomer, answers)
-            yield
 
 
 def main(_: list[str]) -> None:
@@ -366,14 +345,17 @@ def main(_: list[str]) -> None:
     kind = jax.devices()[0].device_kind
     title = f"{kind}, jax {jax.__version__}, {dtype}, {num} x {_WORKLOAD.value}"
     print(f"{title}, {_SCALE.value}; deadline {_DEADLINE_MS.value:g} ms", flush=True)
-    results: dict[str, Any] = {"title": title, "flags": own_flags()}
-    answers = Answers()
-    workload = known[_WORKLOAD.value]
-    for _ in measure(workload, num, jnp.dtype(dtype), answers, results):
+    policies: dict[str, Any] = {}
+    results = {"title": title, "flags": own_flags(), "policies": policies}
+    answers, workload = Answers(), known[_WORKLOAD.value]
+    everyone = fleets.make_fleet(workload, num + 1, _ROWS.value, jnp.dtype(dtype))
+    fleet, newcomer = everyone.first(num), everyone.jobs[-1]
+    for policy in dict.fromkeys(_POLICIES.value):
+        policies[policy] = measure_policy(policy, fleet, newcomer, answers)
         if _SAVE.value:  # what was measured stays if what follows fails
             pathlib.Path(_SAVE.value).write_text(json.dumps(finite(results)))
     if _PLOT.value:
-        plot(_PLOT.value, title, results["policies"])
+        plot(_PLOT.value, title, policies)
     print(f"\n{answers.num:,} answers, largest difference {answers.worst:.1e}")
     if not answers.worst <= workloads.TOLERANCE[dtype]:
         raise SystemExit("an answer is not its model's own")
@@ -390,7 +372,7 @@ def finite(found: Any) -> Any:
 
 def own_flags() -> dict[str, Any]:
     """Return this program's own flags and their values."""
-    here = flags.FLAGS.find_module_defining_flag("step_rows")
+    here = flags.FLAGS.find_module_defining_flag("rows")
     own = flags.FLAGS.flags_by_module_dict()[here]
     return {flag.name: flag.value for flag in own}
 

@@ -91,11 +91,15 @@ def capacity(
     after = engine.stats()
     options.report(run)
 
-    def num_new(bucket: str) -> int:
-        old = before.buckets.get(bucket)
-        return after.buckets[bucket].steps - (old.steps if old else 0)
+    steps = num_steps(before, after)
+    return run, max(steps, key=lambda bucket: steps[bucket])
 
-    return run, max(after.buckets, key=num_new)
+
+def num_steps(before: stfuse.Snapshot, after: stfuse.Snapshot) -> dict[str, int]:
+    """Return how many steps there were of each bucket between two snapshots."""
+    old = {bucket: each.steps for bucket, each in before.buckets.items()}
+    found = {b: each.steps - old.get(b, 0) for b, each in after.buckets.items()}
+    return {bucket: steps for bucket, steps in found.items() if steps}
 
 
 def tenants_per_step(before: stfuse.Snapshot, after: stfuse.Snapshot) -> float:
@@ -197,8 +201,9 @@ def against_bare(
 
     Returns:
         ``ratio``: the engine's rows/s over the bare step's at the bucket that it used
-        most; ``p99_steps``: p99 at `HIGH_LOAD` in bare step times, two in flight;
-        ``host_us``: what a saturated step costs the host, by stage.
+        most; ``p99_steps``: p99 at `HIGH_LOAD` in bare step times, two in flight, and
+        ``steps``: of each bucket there; ``host_us``: what a saturated step costs the
+        host, by stage.
     """
     equal = np.ones(len(fleet.jobs))
     before = engine.stats()
@@ -208,7 +213,9 @@ def against_bare(
     rate = HIGH_LOAD * run.answered_per_s
     num_inputs = len(fleet.targets[0].inputs)
     stream = make_stream(rate, options.seconds, equal, num_inputs, options.seed)
+    before_load = engine.stats()
     loaded = replay(engine, fleet.targets, stream, None, keep_every=KEEP_EVERY)
+    steps = num_steps(before_load, engine.stats())
     options.report(loaded)
     found = summarize(loaded, None, options.warm_s, options.seconds)
     rows_per_s = run.answered_per_s * fleet.rows
@@ -221,6 +228,7 @@ def against_bare(
         "rows_per_s": rows_per_s,
         "ratio": rows_per_s / bare["rows_per_s"],
         "high_load": dataclasses.asdict(found),
+        "steps": steps,
         "p99_steps": found.p99_ms / 1e3 / bare["step_s"],
         "p99_latencies": found.p99_ms / 1e3 / bare["latency_s"],
     }

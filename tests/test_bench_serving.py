@@ -19,7 +19,7 @@ from tests.test_examples import SMALLEST
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = (*SMALLEST["bench_serving"], "--seconds=0.2", "--loads=0.5,2", "--rounds=1")
-QUICK += ("--max_batch_size=1", "--step_rows=2")
+QUICK += ("--max_batch_size=2", "--rows=2")
 TARGETS = [load.Target("a", [10, 11]), load.Target("b", [20, 21])]
 
 
@@ -243,11 +243,14 @@ def test_the_step_goals_are_ratios_to_the_bare_step(monkeypatch):
         goals, "make_stream", lambda rate, *_: rates.append(rate) or loaded.stream
     )
 
-    bucket = SimpleNamespace(steps=3, measured_s=0.0006)
-    seen = {"tenants_per_step": 1.5, "buckets": {"all 2x4": bucket}}
     stats = [
-        SimpleNamespace(steps=num, host=stfuse.HostStats(decide_s=each_s), **seen)
-        for num, each_s in ((1, 1e-6), (9, 1e-5))
+        SimpleNamespace(
+            steps=num,
+            host=stfuse.HostStats(decide_s=each_s),
+            tenants_per_step=1.5,
+            buckets={"all 2x4": SimpleNamespace(steps=num, measured_s=0.0006)},
+        )
+        for num, each_s in ((1, 1e-6), (9, 1e-5), (9, 1e-5), (12, 1e-5))
     ]
     engine = SimpleNamespace(stats=lambda: stats.pop(0))
     found = goals.against_bare(engine, own, 16, options())
@@ -255,6 +258,7 @@ def test_the_step_goals_are_ratios_to_the_bare_step(monkeypatch):
     assert found["ratio"] == 100.0 * 4 / 800  # requests/s, rows of each, bare rows/s
     assert rates == [70.0]
     assert found["p99_steps"] == pytest.approx(6) and found["p99_latencies"] == 3
+    assert found["steps"] == {"all 2x4": 3}
 
 
 def test_tenants_of_steps_between_two_snapshots():
@@ -323,7 +327,7 @@ def test_the_benchmark_of_serving_checks_prints_saves_and_draws(tmp_path):
         assert set(each["loads"]) == {"0.5", "2"}
         assert each["capacity_per_s"] > 0 and each["loads"]["0.5"]["offered"] > 0
     assert set(found["policies"]["space-time"]) >= {"isolation", "join", "loadgen"}
-    assert found["step"]["2"]["ratio"] > 0
+    assert found["policies"]["space-time"]["step"]["ratio"] > 0
     assert picture.stat().st_size > 10_000
 
 
@@ -345,7 +349,7 @@ def test_a_wrong_answer_ends_in_a_failure():
         ("--measure=speed", "there are sweep"),
         ("--loads=1,many", "pass numbers above 0"),
         ("--loads=0", "pass numbers above 0"),
-        ("--step_rows=0", "pass numbers"),
+        ("--rows=5", "at most --max_batch_size=4"),
     ],
 )
 def test_a_wrong_flag_is_refused_at_once(flag, told):
