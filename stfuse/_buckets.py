@@ -43,7 +43,7 @@ class LaneBuckets:
         self.ready[bucket] = times
         self.ready = dict(sorted(self.ready.items(), key=lambda item: item[0].rows))
         self.rows = next(reversed(self.ready)).rows
-        largest = max(self.ready, key=lambda each: sum(each.slots))
+        largest = max(self.ready, key=lambda each: (sum(each.slots), each.is_open))
         self.slots = sum(largest.slots)
         self.is_dense = self._is_dense(largest)
         self.open_slots = max(
@@ -63,7 +63,7 @@ class LaneBuckets:
 
     def _is_dense(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.slots, self.capacities, strict=True)
-        return all([k in (0, capacity) for k, capacity in pairs])
+        return not bucket.is_open and all([k in (0, own) for k, own in pairs])
 
 
 def fill(
@@ -71,7 +71,7 @@ def fill(
 ) -> list[Chunk]:
     """Return what a bucket would serve: a slot for each tenant, then seconds.
 
-    Where all slots of a bank run, a tenant has its own one only.
+    Where a bank runs as a whole, a tenant has its own slot only.
     """
     left = list(bucket.slots)
     picked: list[Chunk] = []
@@ -79,7 +79,7 @@ def fill(
 
     def pick(chunk: Chunk) -> None:
         s, who = chunk.species, (chunk.tenant, chunk.species)
-        is_dense = bucket.slots[s] == lane.capacities[s]
+        is_dense = bucket.slots[s] == lane.capacities[s] and not bucket.is_open
         if left[s] and not (is_dense and who in held):
             picked.append(chunk)
             held.add(who)

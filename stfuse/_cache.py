@@ -18,6 +18,8 @@ import jax
 
 from stfuse._types import Bucket
 
+_FROM = 8  # slots; below, half of them, which are open, are nearly as good
+
 
 def next_power_of_two(n: int) -> int:
     """Return the smallest power of two that is at least ``n``."""
@@ -35,8 +37,10 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
 
     Every species alone at one slot and at all (nobody pays for a species that has
     nothing to do), and all species together at 1, 2, 4, ... slots each, bounded by
-    their capacity; each at 1, 2, 4, ... rows. The first one covers the most: all work
-    can run in it until the others are ready.
+    their capacity; each at 1, 2, 4, ... rows. All slots of all banks also open, if
+    that is many: in the largest step those who have more waiting than others should
+    not be held to a slot each. The first one covers the most: all work can run in it
+    until the others are ready.
 
     Args:
         capacities: slots of each species' bank.
@@ -55,10 +59,11 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
         together = tuple(min(k, c) for c in capacities)
         if sum(together) <= max_slots:
             shapes.add(together)
-    found = sorted(
-        Bucket(slots, rows) for slots in shapes for rows in powers_of_two(max_rows)
-    )
+    rows = powers_of_two(max_rows)
+    found = sorted(Bucket(slots, b) for slots in shapes for b in rows)
     largest = max(found, key=lambda b: (sum(b.slots), b.rows))
+    if _FROM <= sum(capacities) <= max_slots:
+        found += [Bucket(tuple(capacities), b, is_open=True) for b in rows]
     return [largest, *(b for b in found if b != largest)]
 
 

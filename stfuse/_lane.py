@@ -286,7 +286,7 @@ def specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     """Return the specs of a bucket's slots and inputs."""
     counts, slots, inputs = bucket.counts, [], []
     for k, capacity in zip(bucket.slots, lane.capacities, strict=True):
-        is_indexed = 0 < k < capacity
+        is_indexed = 0 < k and (k < capacity or bucket.is_open)
         index = jax.ShapeDtypeStruct((k,), np.int32) if is_indexed else None
         slots.append(index if k else ())
     for buffer in lane.layout.inputs:

@@ -92,7 +92,7 @@ class Queues:
         self._parked: dict[str | None, list[Tenant]] = {}
         self._num_stamps = 0
         self._step_s = 0.0  # of the last step
-        self._virtual_s = 0.0  # service of who was served last: idling earns no credit
+        self._virtual_s = 0.0  # what most who were served last had: idling is no credit
 
     def __len__(self) -> int:
         """Return how many requests wait."""
@@ -151,8 +151,10 @@ class Queues:
     def charge(self, tenants: Sequence[Tenant], costs_s: Sequence[float]) -> None:
         """Add what tenants of one step cost to their service, before they leave it."""
         self._step_s = sum(costs_s)
-        least_s = min([tenant.service_s for tenant in tenants])
-        self._virtual_s = max(self._virtual_s, least_s)
+        # Not the least: whoever comes back would be ahead of all who wait, always, and
+        # those who ask for a little more than others would starve beside the rest.
+        levels_s = sorted([tenant.service_s for tenant in tenants])
+        self._virtual_s = max(self._virtual_s, levels_s[len(levels_s) // 2])
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
             tenant.service_s += cost_s / tenant.weight
 

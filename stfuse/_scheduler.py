@@ -11,7 +11,7 @@ Rules:
         time        round robin, one request a step.
     Every fourth step starts with a tenant without deadlines, if one waits: a stream of
     deadlines cannot starve it. A tenant that comes back from idle starts level with
-    the last served: idling earns no credit.
+    most who were served last: idling earns no credit.
     A step takes the ready bucket that serves most rows per predicted second among those
     that serve the first tenant in order. So work is fused where the measured times say
     that it pays, and nowhere else.

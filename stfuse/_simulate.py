@@ -209,7 +209,8 @@ def _open_lanes(
         scheduler.handle(Join(name, weight))
     if policy is Policy.SPACE_TIME:
         members: dict[str, tuple[int, ...]] = dict.fromkeys(names, (0,))
-        # One more than there are: no bucket is dense, so all slots are anybody's.
+        # One more than there are: no bucket is dense, all slots are anybody's, as those
+        # of an open bucket are.
         most = max(len(names), max(slots for slots, _ in cost_table)) + 1
         scheduler.handle(Install("all", (most,), members))
         for (slots, rows), step_s in cost_table.items():

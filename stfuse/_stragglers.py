@@ -147,6 +147,8 @@ def measure(
     Returns:
         By group; without those that take no part or whose own bucket is unknown.
     """
+    # What an open bucket adds is for the index, not for a group.
+    step_s = {b: seconds for b, seconds in step_s.items() if not b.is_open}
     shared = [b for b in step_s if sum(map(bool, _parts(b, groups.values()))) > 1]
     bucket = watch.busiest(lane, shared)
     steps = watch.steps(lane, bucket) if bucket is not None else []

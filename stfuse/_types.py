@@ -41,10 +41,14 @@ class Bucket:
     Attributes:
         slots: K of each species of the lane, 0 where a species takes no part.
         rows: B, rows per slot.
+        is_open: whether all slots of all banks run, and yet read their weights by
+            index, so that a tenant can have several. Else each slot of a bank that
+            runs as a whole is its own tenant's.
     """
 
     slots: tuple[int, ...]
     rows: int
+    is_open: bool = False
 
     @property
     def counts(self) -> dict[int, int]:
@@ -53,7 +57,8 @@ class Bucket:
 
     def __str__(self) -> str:
         """Print as ``16+8x4``: slots of each species, then rows per slot."""
-        return f"{'+'.join(map(str, self.slots))}x{self.rows}"
+        shape = f"{'+'.join(map(str, self.slots))}x{self.rows}"
+        return f"open {shape}" if self.is_open else shape
 
 
 @dataclass(frozen=True, slots=True)

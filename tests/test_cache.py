@@ -63,8 +63,23 @@ def test_the_first_bucket_covers_the_most(lane):
         assert first.slots == tuple(capacities)
 
 
+@given(LANES)
+def test_a_step_of_many_slots_that_serves_all_can_be_open(lane):
+    capacities, max_slots, max_rows = lane
+    found = _cache.buckets(capacities, max_slots, max_rows)
+    opened = [bucket for bucket in found if bucket.is_open]
+    assert not found[0].is_open
+    if 8 <= sum(capacities) <= max_slots:
+        assert {bucket.slots for bucket in opened} == {tuple(capacities)}
+        rows = [bucket.rows for bucket in opened]
+        assert rows == [*_cache.powers_of_two(max_rows)]
+    else:
+        assert not opened
+
+
 def test_a_bucket_prints_its_slots_and_rows():
     assert str(Bucket((16, 8), 4)) == "16+8x4"
+    assert str(Bucket((16, 8), 4, is_open=True)) == "open 16+8x4"
 
 
 def test_a_signature_is_built_once():

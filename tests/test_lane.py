@@ -104,6 +104,29 @@ def test_several_requests_of_one_tenant_share_a_slot_in_order():
     assert buffers[0][0, :, 0].tolist() == [1, 1, 2, 0]
 
 
+def test_a_tenant_has_several_slots_of_an_open_step():
+    lane = build(*[network(f"n{i}", i) for i in range(8)])
+    bucket = Bucket((8,), 1, is_open=True)
+    lane.steps[bucket] = _lane.compile_bucket(lane, bucket, DEVICE, cost=CPU)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(7, 1, 4)).astype(np.float32)
+    rows[5] = rows[1]
+    who = ["n7", "n2", "n2", "n0", "n7", "n2", "n2"]
+    chunks = [Chunk(name, (i,), 1) for i, name in enumerate(who)]
+    leaves_of = {i: [x.tobytes()] for i, x in enumerate(rows)}
+    slots, buffers, placed = _staging.stage(lane, bucket, chunks, leaves_of)
+    assert placed == [(0, k) for k in range(7)]
+    launched = DEVICE.launch(lane.steps[bucket], lane.bank.stacks, slots, buffers)
+    outputs = DEVICE.read(launched)
+    places = _staging.cut_places(lane, bucket, 0)
+    answers = [cut(outputs, places, k, 0, 1, network("n0", 0)) for k in range(7)]
+    assert answers[1].tobytes() == answers[5].tobytes()
+    for name, x, answer in zip(who, rows, answers, strict=True):
+        job = network(name, int(name[1:]))
+        alone = job.apply_fn(job.params, x)
+        np.testing.assert_allclose(answer, alone, rtol=1e-5)
+
+
 def test_a_job_joins_leaves_and_swaps_without_touching_its_neighbors():
     lane = build(*jobs("n0", "n1", "n2"))
     bucket = Bucket((2,), 1)

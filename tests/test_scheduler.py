@@ -5,6 +5,7 @@ import math
 import pytest
 
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
+from stfuse._queues import Queues, Tenant
 from stfuse._scheduler import Scheduler
 from stfuse._types import (
     Bucket,
@@ -98,6 +99,22 @@ def test_where_all_slots_run_a_tenant_has_its_own_only():
     assert served(scheduler.decide(0.0)) == [("a", (0,))]
 
 
+def test_those_who_wait_for_more_have_more_of_an_open_step():
+    scheduler = one_lane(rows=1)
+    scheduler.handle(Ready("all", Bucket((4,), 1, is_open=True), 0.011))
+    for request, tenant in enumerate("aaabc"):
+        submit(scheduler, request, tenant)
+    decision = scheduler.decide(0.0)
+    assert decision.batch.bucket == Bucket((4,), 1, is_open=True)
+    assert served(decision) == [("a", (0,)), ("b", (3,)), ("c", (4,)), ("a", (1,))]
+    # Three have a slot each of the other one: it is faster, and as good.
+    for request, tenant in enumerate("bc", 5):
+        submit(scheduler, request, tenant)
+    decision = scheduler.decide(0.0)
+    assert decision.batch.bucket == Bucket((4,), 1)
+    assert served(decision) == [("b", (5,)), ("c", (6,)), ("a", (2,))]
+
+
 def test_the_earliest_deadline_runs_first_when_not_all_fit():
     scheduler = one_lane(capacity=1, rows=1)
     submit(scheduler, 0, "a", deadline_s=3.0)
@@ -165,6 +182,18 @@ def test_idling_earns_no_credit():
         submit(scheduler, request, "b")
     order = [served(scheduler.decide(0.0))[0][0] for _ in range(20)]
     assert order.count("a") == pytest.approx(10, abs=2)
+
+
+def test_whoever_comes_back_is_not_ahead_of_all_who_wait():
+    queues = Queues(Policy.SPACE_TIME, lambda tenant: None)
+    names = ("little", "some", "much", "back")
+    little, some, much, back = tenants = [Tenant(name, 1.0) for name in names]
+    for tenant, service_s in zip(tenants, (1.0, 2.0, 9.0, 0.0), strict=True):
+        tenant.service_s = service_s
+    queues.charge([little, much, some], [0.1, 0.1, 0.1])
+    queues.add(back, Submit(0, "back", 1, 0.0, None))
+    assert back.service_s == 2.0  # as most who were served; not as the least of them
+    assert [t.service_s for t in (little, some, much)] == [1.1, 2.1, 9.1]
 
 
 def test_it_takes_the_bucket_of_most_rows_a_second():
