@@ -142,7 +142,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots = [(1, 0), (0, 1), (2, 2), (4, 2)]
         if lane not in SHARED:
             slots = [(1,)] if TENANTS[lane] == 1 else slots[:2]
-        for bucket in [Bucket(k, b) for k in slots for b in rows or (1, MOST_ROWS)]:
+        shapes = [(k, False) for k in slots] + [((4, 2), True)] * (lane in SHARED)
+        rows = rows or (1, MOST_ROWS)
+        for bucket in [Bucket(k, b, is_open) for k, is_open in shapes for b in rows]:
             self.lanes[lane][2].add(bucket)
             took_s = step_s * (1 + sum(bucket.slots) * bucket.rows / 8)
             self.scheduler.handle(Ready(lane, bucket, took_s))
@@ -247,7 +249,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for s, slots in enumerate(batch.bucket.slots):
             own = [tenant for species, tenant in found if species == s]
             assert len(own) <= slots
-            if slots == capacities[s]:  # every slot runs: each tenant in its own
+            # Where every slot runs, and is not open, each tenant is in its own.
+            if slots == capacities[s] and not batch.bucket.is_open:
                 assert len(own) == len(set(own))
         if self.policy is not Policy.SPACE_TIME:
             assert len({tenant for _, tenant in found}) == 1
