@@ -317,7 +317,9 @@ class Builder:
             server.command(lambda: server.start(lane, bucket)).result()
         except Exception as error:
             lane.steps.pop(bucket, None)
-            logging.error("stfuse: lane '%s' lacks %s: %s", lane.name, bucket, error)
+            level = logging.INFO if bucket.is_open else logging.ERROR
+            what = "stfuse: lane '%s' lacks %s: %s"
+            logging.log(level, what, lane.name, bucket, error)
 
     def _measure(self, lane: Lane, bucket: Bucket) -> None:
         for _ in range(_NUM_TIMINGS):  # requests are served between them

@@ -5,6 +5,9 @@ Rules:
     in flight: what `memory_analysis` says of the largest compiled step, its arguments
     without the bank, its outputs and temporaries.
     While a lane is built anew its old weights stay, so both count.
+    An open step may copy the weights that it reads by index. It is a choice more for
+    the scheduler, so it must not take the place of a tenant: where there is a limit,
+    it is left out if it needs much more than the lane's other steps.
     What is asked of the device before it is done is arithmetic only: nothing has to
     fail to find out that it does not fit.
 """
@@ -20,6 +23,7 @@ from stfuse._lane import Lane
 from stfuse._types import Bucket, Device
 
 _IN_FLIGHT = 2
+_MUCH_MORE = 1.25
 
 
 class DoesNotFit(DeviceError):
@@ -105,6 +109,13 @@ class Memory:
             DoesNotFit: with the arithmetic.
         """
         needed = step_bytes(compiled, bank_bytes(lane))
+        if bucket.is_open and self.limit_bytes is not None:
+            usual = max(lane.step_bytes.values(), default=0)
+            if needed > _MUCH_MORE * usual:
+                raise DoesNotFit(
+                    f"a step needs {needed:,} bytes, the lane's others {usual:,} at "
+                    f"most; tenants may need the difference."
+                )
         self.check(0, [needed], beside=lane)
         lane.step_bytes[bucket] = needed
 

@@ -123,6 +123,25 @@ def test_weights_and_two_steps_in_flight_fit_exactly_or_not_at_all():
         plan.check(0, [326])
 
 
+def test_an_open_step_may_not_need_much_more_than_the_others():
+    lane = lane_of(*[affine_job(f"j{i}", scale=i + 1.0) for i in range(8)])
+    bank = bank_bytes(lane)
+    usual, opened = Bucket((8,), 1), Bucket((8,), 1, is_open=True)
+    for limit_bytes in (None, 10_000):
+        memory = Memory(FakeDevice(), limit_bytes, lambda: [lane])
+        lane.step_bytes.clear()
+        memory.admit(lane, usual, compiled(bank, temp=1000))
+        memory.admit(lane, opened, compiled(bank, temp=1250))
+        assert lane.step_bytes == {usual: 1000, opened: 1250}
+        del lane.step_bytes[opened]
+        if limit_bytes is None:
+            memory.admit(lane, opened, compiled(bank, temp=2000))
+            continue
+        with pytest.raises(DoesNotFit, match="2,000 bytes, the lane's others 1,000"):
+            memory.admit(lane, opened, compiled(bank, temp=2000))
+        assert opened not in lane.step_bytes
+
+
 def test_a_lane_that_does_not_serve_yet_counts_beside_those_that_do():
     old, new = lane_of(affine_job("a", width=8)), lane_of(affine_job("b", width=8))
     bucket, needed = Bucket((1,), 1), bank_bytes(old) + bank_bytes(new) + 2 * 40
