@@ -309,6 +309,7 @@ class Scheduler:
         limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
         cut: list[list[Chunk]] = []
         is_whole = False  # every queue fits in one slot: more rows would change nothing
+        has_several = False  # slots for some tenant: what an open step is for
         max_rows = most = 0  # of a slot, and of all that there is to serve
         found = []  # what each bucket could do at best
         for bucket, times in lane.ready.items():
@@ -320,6 +321,9 @@ class Scheduler:
                     cut = [self._chunks(t, max_rows, limits[t.species]) for t in mates]
                     is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
                     most = sum([c.rows for own in cut for c in own])
+                    has_several = max(map(len, cut)) > 1
+            if bucket.is_open and not has_several:
+                continue
             is_in_time = self._is_contended or now_s + times.p99_s <= head_s
             rows = min(most, sum(bucket.slots) * max_rows)
             found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
