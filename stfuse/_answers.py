@@ -10,13 +10,20 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures._base import FINISHED, PENDING, RUNNING
+from concurrent.futures._base import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+)
 from typing import Any
 
 from absl import logging
 
 _LOCK = threading.Lock()
 _OPEN = (PENDING, RUNNING)
+_CANCELLED = (CANCELLED, CANCELLED_AND_NOTIFIED)
 
 
 class Answer(Future[Any]):
@@ -53,6 +60,22 @@ class Answer(Future[Any]):
     def done(self) -> bool:
         """Return whether it was cancelled or has its outcome."""
         return self._state not in _OPEN
+
+    def cancelled(self) -> bool:
+        """Return whether it was cancelled."""
+        return self._state in _CANCELLED
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return its result, or raise its exception, once there is one."""
+        if self._state == FINISHED and self._exception is None:
+            return self._result
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return its exception once it is done, None if it has a result."""
+        if self._state == FINISHED:
+            return self._exception
+        return super().exception(timeout)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Have ``fn`` called with this future once it is done."""

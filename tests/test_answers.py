@@ -28,9 +28,9 @@ def test_it_makes_no_condition_unless_somebody_blocks():
     future.set_result(3)
     assert future.done()
     assert called == [future]
+    assert future.result() == 3 and future.exception() is None
+    assert not future.cancelled()
     assert future._made is None
-    assert future.result() == 3
-    assert future._made is not None
 
 
 @pytest.mark.parametrize("outcome", [3, ValueError("no")])
