@@ -37,8 +37,8 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
 
     Every species alone at one slot and at all (nobody pays for a species that has
     nothing to do), and all species together at 1, 2, 4, ... slots each, bounded by
-    their capacity; each at 1, 2, 4, ... rows. All slots of all banks also open, if
-    that is many: in the largest step those who have more waiting than others should
+    their capacity; each at 1, 2, 4, ... rows. All slots of a lone species also open,
+    if they are many: in the largest step those who have more waiting than others should
     not be held to a slot each. The first one covers the most: all work can run in it
     until the others are ready.
 
@@ -62,7 +62,7 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
     rows = powers_of_two(max_rows)
     found = sorted(Bucket(slots, b) for slots in shapes for b in rows)
     largest = max(found, key=lambda b: (sum(b.slots), b.rows))
-    if _FROM <= sum(capacities) <= max_slots:
+    if len(capacities) == 1 and _FROM <= sum(capacities) <= max_slots:
         found += [Bucket(tuple(capacities), b, is_open=True) for b in rows]
     return [largest, *(b for b in found if b != largest)]
 
