@@ -74,14 +74,26 @@ class Part:
         """Return the parameters of the named slots, one array per view."""
         return [
             x if index is None else jnp.take(x, index, axis=0, mode="clip")
-            for x, index in self.named(stacks, slots)
+            for x, index, _ in self.named(stacks, slots)
         ]
 
     def named(
-        self, stacks: Sequence[Any], slots: Mapping[int, Any]
-    ) -> list[tuple[Any, Any]]:
-        """Return per view an array, and which of its rows are meant; None for all."""
-        return [self._named(view, stacks[view.array], slots) for view in self.params]
+        self,
+        stacks: Mapping[int, Any],
+        slots: Mapping[int, Any],
+        shelves: Mapping[int, Any] | None = None,
+    ) -> list[tuple[Any, Any, Any]]:
+        """Return per view an array, which of its rows are meant, and its shelf.
+
+        Rows are None for all; a shelf is None if there is none, or if only some rows
+        are meant.
+        """
+        found = []
+        for view in self.params:
+            array, index = self._named(view, stacks[view.array], slots)
+            shelf = (shelves or {}).get(view.array) if index is None else None
+            found.append((array, index, shelf))
+        return found
 
     def _named(
         self, view: _View, stack: Any, slots: Mapping[int, Any]
@@ -102,15 +114,19 @@ class Part:
         return stack, jnp.concatenate(index)
 
     def env(
-        self, programs: Mapping[int, Trace], named: Sequence[tuple[Any, Any]]
+        self, programs: Mapping[int, Trace], named: Sequence[tuple[Any, Any, Any]]
     ) -> Env:
         """Return an evaluation's values: parameters only."""
         env = Env(programs, self.counts)
-        for view, (array, index) in zip(self.params, named, strict=True):
+        for view, (array, index, shelf) in zip(self.params, named, strict=True):
             stacked = is_stacked(array, self.layout.params[view.array])
             ndim = array.ndim - stacked
             starts = env.starts([s for s, _ in view.members])
-            held = Held(array, stacked, (True,) * ndim, starts, index)
+            within = None
+            if shelf is not None and stacked:
+                _, k = self.layout.array_of(view.array)
+                within = shelf.reshape(-1, *array.shape[1:]), k * array.shape[0], 0
+            held = Held(array, stacked, (True,) * ndim, starts, index, within)
             for s, leaf in view.members:
                 env.values[s, leaf] = held
         return env
@@ -153,7 +169,9 @@ class Part:
         self, cost: Cost, named: Sequence[Any], inputs: Sequence[Any]
     ) -> list[Any]:
         """Run each slot's program by itself, as `run_rows` does all of them."""
-        views = [x if i is None else jnp.take(x, i, 0, mode="clip") for x, i in named]
+        views = [
+            x if i is None else jnp.take(x, i, 0, mode="clip") for x, i, _ in named
+        ]
         found: dict[tuple[int, int], list[Any]] = {}
         for s, count in self.counts.items():
             for k in range(count):

@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ def make_step(
 
     def step(stacks: Any, slots: Any, inputs: Any) -> tuple[Any, ...]:
         counts = slot_counts(layout, slots)
-        stacks = open_shelves(layout, stacks)
+        arrays, stacks = stacks, open_shelves(layout, stacks)
         outputs: list[Any] = [None] * len(layout.outputs)
         for component in layout.components:
             present = [s for s in component if s in counts]
@@ -71,13 +71,20 @@ def make_step(
                 part = Part(plan, layout, {s: counts[s] for s in present})
                 run = _differentiable(part, cost, lowering, vjps)
                 used = {view.array: stacks[view.array] for view in part.params}
+                shelves = {i: arrays[a] for i, a in _shelves(layout, used).items()}
                 index = {s: slots[s] for s in present}
-                own = run(used, [inputs[i] for i in part.inputs], index)
+                own = run(used, shelves, [inputs[i] for i in part.inputs], index)
                 for i, x in zip(part.outputs, own, strict=True):
                     outputs[i] = x
         return tuple(outputs)
 
     return step
+
+
+def _shelves(layout: Layout, stacks: Iterable[int]) -> dict[int, int]:
+    """Return which arrays of a bank the stacks that stand on shelves are in."""
+    places = {i: layout.array_of(i) for i in stacks}
+    return {i: a for i, (a, k) in places.items() if k is not None}
 
 
 def slot_counts(layout: Layout, slots: Sequence[Any]) -> dict[int, int]:
@@ -92,22 +99,22 @@ def slot_counts(layout: Layout, slots: Sequence[Any]) -> dict[int, int]:
 def _differentiable(
     part: Part, cost: Cost, lowering: str, vjps: Vjps | None
 ) -> Callable[..., list[Any]]:
-    """Return ``run(stacks, inputs, slots)`` of a component, with its derivative."""
+    """Return ``run(stacks, shelves, inputs, slots)`` of a component, differentiable."""
     if lowering == "apart":
         run_rows = functools.partial(part.run_apart, cost)
         lowering = "heuristic"  # of the derivative
     else:
         run_rows = functools.partial(part.run_rows, cost, lowering)
 
-    def run_named(stacks: Any, inputs: Any, slots: Any) -> list[Any]:
-        return run_rows(part.named(stacks, slots), inputs)
+    def run_named(stacks: Any, shelves: Any, inputs: Any, slots: Any) -> list[Any]:
+        return run_rows(part.named(stacks, slots, shelves), inputs)
 
     if vjps is None:
         return run_named
     run = jax.custom_vjp(run_named)
 
-    def forward(stacks: Any, inputs: Any, slots: Any) -> Any:
-        return run_named(stacks, inputs, slots), (stacks, inputs, slots)
+    def forward(stacks: Any, shelves: Any, inputs: Any, slots: Any) -> Any:
+        return run_named(stacks, shelves, inputs, slots), (stacks, inputs, slots)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         stacks, inputs, slots = residuals
@@ -128,7 +135,7 @@ def _differentiable(
         picked = _picked(part, results, vjps, slots)
         of_views, of_inputs = _summed(part, picked, views)
         (of_stacks,) = unview(list(map(_like, of_views, views)))
-        return of_stacks, of_inputs, None
+        return of_stacks, None, of_inputs, None  # a shelf is the same as its stacks
 
     run.defvjp(forward, backward)
     return run
@@ -148,7 +155,7 @@ def _pull_back(
 ) -> list[Any]:
     """Return the cotangents of views, then inputs, a row per slot; None is zero."""
     views, inputs, cotangents = given
-    env = part.env(programs, [(x, None) for x in views])
+    env = part.env(programs, [(x, None, None) for x in views])
     part.enter(env, inputs)
     for i, array in zip(part.outputs, cotangents, strict=True):
         if array is not None:

@@ -78,5 +78,6 @@ class TunedStep:
     def _modes(self) -> list[str]:
         num_slots = sum(len(one.members) for one in self._plan.species)
         # On a GPU launches cost so much that nothing wins apart.
-        has_apart = self._plan.cost.source == "cpu" and num_slots <= _MANY_SLOTS
-        return [self.lowering, "native", *["apart"] * has_apart]
+        is_cpu = self._plan.cost.source == "cpu"
+        others = ["apart"] * (num_slots <= _MANY_SLOTS) if is_cpu else ["plain"]
+        return [self.lowering, "native", *others]

@@ -36,6 +36,8 @@ class Held:
         starts: per species its first row.
         index: if not None, which rows of the array are meant, in order: a stack of
             which only some slots take part, not gathered before someone has to.
+        within: if not None, an array that has this one inside, and from which row and
+            column on: a kernel that computes addresses reads it there, uncut.
     """
 
     array: Any
@@ -43,6 +45,7 @@ class Held:
     clean: tuple[bool, ...]
     starts: Mapping[int, int]
     index: Any = None
+    within: tuple[Any, int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,24 +131,78 @@ def read(
     return _joined(env, values, pieces, sizes)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where values of some species stand, for a kernel that computes addresses.
+
+    Attributes:
+        array: ``[rows, *padded]``, or ``[*padded]`` for all rows.
+        is_stacked: whether it has rows.
+        rows: which rows are meant, one per slot.
+        column: where in the last axis they begin.
+    """
+
+    array: Any
+    is_stacked: bool
+    rows: tuple[int, ...]
+    column: int = 0
+
+
+def place(
+    env: Env, values: Sequence[Value], specs: Sequence[jax.ShapeDtypeStruct]
+) -> Place:
+    """Return where values of some species stand; moved together if they do not yet.
+
+    Args:
+        env: the values.
+        values: per species its value.
+        specs: per species the value's true shape.
+    """
+    counts = [env.counts[s] for s, _ in values]
+    held = _common(env, values)
+    if held is not None:
+        array, first, column = held.within or (held.array, 0, 0)
+        starts = [held.starts[s] for s, _ in values] if held.is_stacked else []
+        rows = [range(at, at + n) for at, n in zip(starts, counts, strict=False)]
+        numbers = tuple(first + i for own in rows for i in own)
+        return Place(array, held.is_stacked, numbers, column)
+    x = read(env, values, specs, _rules.widest([spec.shape for spec in specs]))
+    return Place(x.array, x.is_stacked, tuple(range(sum(counts))))
+
+
+def _common(env: Env, values: Sequence[Value]) -> Held | None:
+    """Return the array that holds all of some values, if one does."""
+    if any(isinstance(atom, Literal) for _, atom in values):
+        return None
+    found = [env.held((s, atom)) for s, atom in values]  # type: ignore[arg-type]
+    return found[0] if all(held is found[0] for held in found) else None
+
+
+def _first_row(
+    held: Held, values: Sequence[Value], counts: Sequence[int]
+) -> int | None:
+    """Return where values' rows begin in an array; None if they are not in order."""
+    if not held.is_stacked:
+        return 0
+    start = at = held.starts[values[0][0]]
+    for (s, _), count in zip(values, counts, strict=True):
+        if held.starts[s] != at:
+            return None
+        at += count
+    return start
+
+
 def _lined_up(env: Env, values: Sequence[Value], counts: Sequence[int]) -> Stack | None:
     """Return the array where all values stand in order already, if there is one."""
-    s, first = values[0]
-    if isinstance(first, Literal):
+    if isinstance(values[0][1], Literal):
         return _constant(values, counts)
-    held = env.held((s, first))
-    for s, atom in values[1:]:
-        if isinstance(atom, Literal) or env.held((s, atom)) is not held:
-            return None
+    held = _common(env, values)
+    row = None if held is None else _first_row(held, values, counts)
+    if held is None or row is None:
+        return None
     array, num_rows = held.array, sum(counts)
-    if held.is_stacked:
-        start = at = held.starts[values[0][0]]
-        for (s, _), count in zip(values, counts, strict=True):
-            if held.starts[s] != at:
-                return None
-            at += count
-        if num_rows != array.shape[0]:
-            array = lax.slice_in_dim(array, start, at)
+    if held.is_stacked and num_rows != array.shape[0]:
+        array = lax.slice_in_dim(array, row, row + num_rows)
     return Stack(array, held.is_stacked, np.zeros((num_rows, 0)), held.clean)
 
 

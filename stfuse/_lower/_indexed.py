@@ -132,7 +132,7 @@ def _dot(x: Any, w: Any, index: Any, precision: Any, is_interpreted: bool) -> An
             _program,
             sizes=(num_rows, size, features),
             tile=tile,
-            precision=_precision(precision),
+            precision=_tiles.precision(precision),
         ),
         out_shape=jax.ShapeDtypeStruct(
             (tile.num_parts, num_named, num_rows, features),
@@ -205,13 +205,6 @@ def _program(
         None if n_inside is None else _tiles.across(n_inside, tile.m),
     )
     triton.store(y_ref, total.astype(y_ref.dtype), mask=inside)
-
-
-def _precision(of_product: Any) -> lax.Precision:
-    """Return the kernel's precision: as XLA's default, or all bits."""
-    wanted = of_product if isinstance(of_product, tuple) else (of_product,)
-    exact = {lax.Precision.HIGH, lax.Precision.HIGHEST} & {*wanted}
-    return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
 
 
 def _tile(

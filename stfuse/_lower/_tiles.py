@@ -61,3 +61,10 @@ def ceil(a: int, b: int) -> int:
 def power(n: int) -> int:
     """Return the smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def precision(of_product: Any) -> lax.Precision:
+    """Return a kernel's precision: as XLA's default, or all bits."""
+    wanted = of_product if isinstance(of_product, tuple) else (of_product,)
+    exact = {lax.Precision.HIGH, lax.Precision.HIGHEST} & {*wanted}
+    return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
