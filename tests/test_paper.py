@@ -236,7 +236,8 @@ def test_the_best_number_of_processes_counts(tmp_path):
 class Steady:
     """A way whose first tenant harms the others by what it asks for."""
 
-    def send(self, rates, seconds, seed):
+    def send(self, rates, seconds, seed, *, is_apart=False):
+        assert is_apart == (rates[0] > 10)  # the clients of walls, not of spread
         slow_s = 0.002 if rates[0] > 5 * rates[1] else 0.001
         return [np.full(9, slow_s * (1 + 0.1 * i)) for i in range(len(rates))]
 
