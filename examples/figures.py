@@ -78,9 +78,11 @@ def policies_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def about(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the sentence above the table: what, where, when."""
     key, of = rows[0]["key"], rows[-1]["about"]
+    days = sorted({row["about"]["date"] for row in rows})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
         f"{key['tenants']} {key['model']}, batch 1, {of['device']}, jax {of['jax']}, "
-        f"{of['date']} (`python -m examples.bench_policies`):"
+        f"{when} (`python -m examples.bench_policies`):"
     )
 
 

@@ -132,9 +132,12 @@ def space_time(
 
 def in_pools(part: Part, pairs: Sequence[tuple[str, str]], way: str) -> None:
     """Start processes if something of theirs is missing, and measure it."""
-    cells = {pair: sizes_of(part, *pair)[1] for pair in pairs}
-    keys = [key_of(*pair, way, num) for pair in cells for num in cells[pair]]
-    if part.processes and not part.is_done(keys):
+    cells: dict[tuple[str, str], list[int]] = {}
+    for pair in pairs:
+        for num in sizes_of(part, *pair)[1]:
+            if not part.is_done([key_of(*pair, way, num)]):
+                cells.setdefault(pair, []).append(num)
+    if part.processes and cells:
         num = min(max(max(numbers) for numbers in cells.values()), part.processes)
         with paper.pool_of(way, num) as pool:
             if pool is not None:
