@@ -45,7 +45,7 @@ def policies_table(rows: Sequence[Mapping[str, Any]]) -> str:
         (row["key"]["way"], row["key"].get("what", "loop")): row["values"]
         for row in own
     }
-    work = by_key[("work", "loop")]
+    work = by_key.get(("work", "loop"), {})
     lines = [
         "| | utilization | throughput/s | served/s | p50 ms | p99 ms | spread | "
         "interference | GiB |",
