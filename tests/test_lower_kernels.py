@@ -219,7 +219,7 @@ def test_a_kernel_is_measured_from_within_a_trace(live):
         dimension_numbers=NHWC,
     )
     kernel = _lower.Candidate(
-        lambda op, rows: True,
+        lambda *_: True,
         functools.partial(_conv_kernel.conv, is_interpreted=True),
         is_whole=True,
     )
