@@ -8,7 +8,8 @@
 Ways: exclusive (one model, a batch), time (a process per model, taking turns), space
 (the same under CUDA MPS), in turn (one process), space-time (fused), and PyTorch's.
 Rows are kept as they come, in RESULTS/PART.json: a run that is cut off goes on where it
-stopped. Answers are compared with the models' own: exit 1 if one differs.
+stopped; `--only=way=time --only=R=16` measures but a few, `--since` those that are old
+again. Answers are compared with the models' own: exit 1 if one differs.
 
 Source: Jain et al. 2018, https://arxiv.org/abs/1901.00041
 """
@@ -39,6 +40,8 @@ _SECONDS = flags.DEFINE_float("seconds", 0.4, "Of one measurement.")
 _PROCESSES = flags.DEFINE_integer(
     "processes", paper.MOST_PROCESSES, "At once, at most; 0 for none.", lower_bound=0
 )
+_ONLY = flags.DEFINE_multi_string("only", [], "NAME=VALUE,...: of a key; all if none.")
+_SINCE = flags.DEFINE_string("since", "", "A date: what is older is measured again.")
 
 
 def main(_: list[str]) -> None:
@@ -48,7 +51,15 @@ def main(_: list[str]) -> None:
     end_s = time.perf_counter() + 60 * _MINUTES.value
     records = Records(paper.results_folder(_RESULTS.value) / f"{_PART.value}.json")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {_SCALE.value}")
-    part = paper.Part(records, _SCALE.value, _SECONDS.value, end_s, _PROCESSES.value)
+    part = paper.Part(
+        records,
+        _SCALE.value,
+        _SECONDS.value,
+        end_s,
+        _PROCESSES.value,
+        paper.only(_ONLY.value),
+        _SINCE.value,
+    )
     importlib.import_module(f"examples.{PARTS[_PART.value]}").run(part)
     for path in figures.plots(records.path.parent):
         print(f"drew {path}")

@@ -8,8 +8,9 @@
 Utilization and throughput are of loops without a server; served is what a server gets
 through, p50 and p99 what it answers in at 70% of that. Spread is the slowest tenant's
 median over the fastest's there; interference is p99 of the others beside an abusive
-tenant over their p99 beside a peaceful one. Rows are kept in RESULTS/policies.json, of
-which `python -m examples.figures` makes the README's table.
+tenant over their p99 beside a peaceful one; in each way it asks for ten shares, and has
+four requests in flight at most. Rows are kept in RESULTS/policies.json, of which
+`python -m examples.figures` makes the README's table.
 """
 
 import functools
@@ -35,6 +36,8 @@ _SECONDS = flags.DEFINE_float("seconds", 0.4, "Of one measurement.")
 _PROCESSES = flags.DEFINE_integer(
     "processes", paper.MOST_PROCESSES, "At once, at most; 0 for none.", lower_bound=0
 )
+_ONLY = flags.DEFINE_multi_string("only", [], "NAME=VALUE,...: of a key; all if none.")
+_SINCE = flags.DEFINE_string("since", "", "A date: what is older is measured again.")
 
 
 def measure(part: paper.Part, model: str, num: int) -> None:
@@ -85,7 +88,15 @@ def main(_: list[str]) -> None:
     if _MODEL.value not in (names := known(dtype_here(), _SCALE.value)):
         there = ", ".join(names)
         raise app.UsageError(f"--model: no {_MODEL.value}; there are {there}")
-    part = paper.Part(records, _SCALE.value, _SECONDS.value, end_s, _PROCESSES.value)
+    part = paper.Part(
+        records,
+        _SCALE.value,
+        _SECONDS.value,
+        end_s,
+        _PROCESSES.value,
+        paper.only(_ONLY.value),
+        _SINCE.value,
+    )
     measure(part, _MODEL.value, _TENANTS.value)
     if len(records.here()):
         print("\n" + figures.policies_table(records.here()))

@@ -45,7 +45,7 @@ def policies_table(rows: Sequence[Mapping[str, Any]]) -> str:
         (row["key"]["way"], row["key"].get("what", "loop")): row["values"]
         for row in own
     }
-    work = by_key[("work", "loop")]
+    work = by_key.get(("work", "loop"), {})
     lines = [
         "| | utilization | throughput/s | served/s | p50 ms | p99 ms | spread | "
         "interference | GiB |",
@@ -78,9 +78,11 @@ def policies_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def about(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the sentence above the table: what, where, when."""
     key, of = rows[0]["key"], rows[-1]["about"]
+    days = sorted({row["about"]["date"] for row in rows})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
         f"{key['tenants']} {key['model']}, batch 1, {of['device']}, jax {of['jax']}, "
-        f"{of['date']} (`python -m examples.bench_policies`):"
+        f"{when} (`python -m examples.bench_policies`):"
     )
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,8 +187,10 @@ class _Sender:
         stream: Stream,
         clock: Clock,
         keep_every: int,
+        in_flight: int | None = None,
     ) -> None:
         self._keep_every = keep_every
+        self._room = None if in_flight is None else threading.Semaphore(in_flight)
         self._submit, self._clock = engine.submit, clock
         self._targets = targets
         self._requests = list(
@@ -197,6 +200,12 @@ class _Sender:
         self.sent_s: list[float] = []
         self.done_s = [float("inf")] * len(self._requests)
         self.done: list[int] = []
+
+    def has_room(self, until_s: float) -> bool:
+        """Wait until the client may have one more outstanding; False if too long."""
+        if self._room is None:
+            return True
+        return self._room.acquire(timeout=max(until_s - self._clock(), 0.0))
 
     def send(self, now_s: float, deadline_s: float | None) -> None:
         """Submit the next request; note when it is answered, or that it was refused."""
@@ -208,17 +217,25 @@ class _Sender:
             future = self._submit(name, inputs[row], deadline_s=deadline_s)
         except REFUSALS:
             self.futures.append(None)
+            self._leave()
         else:
             self.futures.append(future)
             future.add_done_callback(functools.partial(self._stamp, i))
 
-    def skip(self) -> None:
-        """Leave the next request out: its deadline has passed."""
+    def skip(self, has_room: bool) -> None:
+        """Leave the next request out: too late for its deadline, or for its client."""
+        if has_room:
+            self._leave()
         self.sent_s.append(float("nan"))
         self.futures.append(None)
 
+    def _leave(self) -> None:
+        if self._room is not None:
+            self._room.release()
+
     def _stamp(self, i: int, future: Future[Any]) -> None:
         self.done_s[i] = self._clock()
+        self._leave()
         self.done.append(i)
         if i % self._keep_every and future.exception() is None:
             self.futures[i] = _SERVED
@@ -249,6 +266,7 @@ def replay(
     *,
     start_s: float | None = None,
     keep_every: int = 1,
+    in_flight: int | None = None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Run:
@@ -266,26 +284,31 @@ def replay(
         keep_every: of so many outputs one is kept; the others are dropped as they
             come, as by a client that is done with them: new memory for each would cost
             more than the engine does.
+        in_flight: requests that the client has outstanding at most; it waits for an
+            answer before it sends more, and sends none after the stream's last time.
+            None: however many are due.
         clock: returns seconds.
         sleep: waits for some seconds.
 
     Returns:
         The run, all requests of the stream in it.
     """
-    sender = _Sender(engine, targets, stream, clock, keep_every)
+    sender = _Sender(engine, targets, stream, clock, keep_every, in_flight)
     with no_collections():
         if start_s is None:
             start_s = clock() + LEAD_S
+        end_s = start_s + np.max(stream.due_s, initial=0.0)
         for due_s in (start_s + stream.due_s).tolist():
+            has_room = sender.has_room(end_s)
             now_s = clock()
             if now_s < due_s:
                 sleep(due_s - now_s)
                 now_s = clock()
             left_s = None if deadline_s is None else due_s + deadline_s - now_s
-            if left_s is None or left_s > 0:
+            if has_room and (left_s is None or left_s > 0):
                 sender.send(now_s, left_s)
             else:
-                sender.skip()
+                sender.skip(has_room)
         outputs, done_s = sender.answers()
     sent_s = np.array(sender.sent_s) - start_s
     latency_s = done_s - start_s - stream.due_s
@@ -301,6 +324,7 @@ def replay_all(
     streams: Sequence[Stream],
     deadline_s: float | None,
     keep_every: int = 1,
+    in_flight: Sequence[int | None] = (),
 ) -> list[Run]:
     """Send several streams at once, as clients that do not wait for each other.
 
@@ -310,6 +334,7 @@ def replay_all(
         streams: one for each client; each is sent from a thread of its own.
         deadline_s: as for `replay`.
         keep_every: likewise.
+        in_flight: likewise, of each stream; for none of them if empty.
 
     Returns:
         The runs, in the order of the streams.
@@ -317,9 +342,10 @@ def replay_all(
     with no_collections(), ThreadPoolExecutor(len(streams)) as pool:
         start_s = time.perf_counter() + LEAD_S
         own = {"start_s": start_s, "keep_every": keep_every}
+        limits = in_flight or [None] * len(streams)
         sent = [
-            pool.submit(replay, engine, targets, stream, deadline_s, **own)
-            for stream in streams
+            pool.submit(replay, engine, targets, stream, deadline_s, **own, in_flight=n)
+            for stream, n in zip(streams, limits, strict=True)
         ]
         return [run.result() for run in sent]
 

@@ -30,6 +30,9 @@ class Part(NamedTuple):
         seconds: of one measurement.
         end_s: when to stop, on `time.perf_counter`.
         processes: most processes at once; 0 for none.
+        only: names of a key, and the values of each that are measured (``"-"``: of
+            keys without it); whatever a key has if a name is not there.
+        since: a date; what was measured before it is measured again.
     """
 
     records: Records
@@ -37,6 +40,8 @@ class Part(NamedTuple):
     seconds: float
     end_s: float
     processes: int
+    only: Sequence[tuple[str, Sequence[str]]] = ()
+    since: str = ""
 
     @property
     def is_small(self) -> bool:
@@ -46,21 +51,36 @@ class Part(NamedTuple):
     def measure(
         self, key: Mapping[str, Any], measure_fn: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any] | None:
-        """Return what was measured for a key, now or before; None if time is up."""
+        """Return what was measured for a key, now or before; None if it cannot be."""
         key = {**key, "scale": self.scale}
-        found = self.records.get(key)
-        if found is None and time.perf_counter() < self.end_s:
-            start_s = time.perf_counter()
-            found = self.records.add(key, measure_fn())
-            took_s = time.perf_counter() - start_s
-            print(f"  {line(key, found)} [{took_s:.1f} s]", flush=True)
+        if self.is_done([key]):
+            return self.records.get(key)
+        start_s = time.perf_counter()
+        found = self.records.add(key, measure_fn())
+        took_s = time.perf_counter() - start_s
+        print(f"  {line(key, found)} [{took_s:.1f} s]", flush=True)
         return found
 
     def is_done(self, keys: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether all of some keys were measured, or no time is left."""
+        """Return whether nothing of some keys is to be measured, or no time is left."""
         is_late = time.perf_counter() >= self.end_s
-        scaled = ({**key, "scale": self.scale} for key in keys)
-        return is_late or all(self.records.get(key) is not None for key in scaled)
+        return is_late or not any(map(self._is_missing, keys))
+
+    def _is_missing(self, key: Mapping[str, Any]) -> bool:
+        is_wanted = all(str(key.get(name, "-")) in of for name, of in self.only)
+        scaled = {**key, "scale": self.scale}
+        return is_wanted and self.records.get(scaled, self.since) is None
+
+
+def only(told: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """Return what ``NAME=VALUE,VALUE`` says, each; see `Part`.
+
+    Example:
+        >>> only(["R=1,2", "way=time"])
+        [('R', ['1', '2']), ('way', ['time'])]
+    """
+    pairs = [text.partition("=") for text in told]
+    return [(name, values.split(",")) for name, _, values in pairs]
 
 
 def keep_room() -> None:

@@ -21,6 +21,7 @@ from examples import paper, workloads
 from examples.paper import Part
 from examples.paper_worker import TURN, kinds_of, make_models, repeated, set_precision
 from examples.workloads import Workload
+from stfuse._lower import _measure
 
 SHAPES = ("conv2_2", "matvec", "square")
 DTYPES = {  # name: of arrays, precision of products
@@ -98,7 +99,10 @@ def timed(launch: Any, part: Part) -> list[dict[str, Any]]:
 def space_time(
     part: Part, shape: str, dtype: str, num: int, repeat: int
 ) -> dict[str, Any]:
-    """Time R products as one fused step, and compare what it answers."""
+    """Time R products as one fused step, and compare what it answers.
+
+    Beside the rate, the ways to compute it that were measured, us of a product of all.
+    """
     of_arrays, precision = DTYPES[dtype]
     set_precision(precision)
     workload, models = models_of(shape, of_arrays, part.scale)
@@ -108,22 +112,32 @@ def space_time(
     bank = fused.pack()
     inputs = jax.device_put(fused.stack({name: x for name, _, x in models}))
     kinds = kinds_of(inputs, repeat)
+    before = _measure.known()
     step = jax.jit(repeated(fused.step, repeat))
     found = jax.device_get(step(bank, kinds))
+    ways_us = {
+        way: 1e6 * seconds
+        for question, of_ways in _measure.known().items()
+        if question not in before
+        for way, seconds in of_ways.items()
+    }
     plain = jax.jit(workload.apply_fn)
     alone = {name: plain(params, x) for name, params, x in models}
     answers = fused.split(found[0])
     difference, _ = workloads.differences(answers, jax.device_get(alone))
     tenants = timed(functools.partial(step, bank, kinds), part)
     rate = num * repeat * paper.per_s(tenants, part.seconds)
-    return {"per_s": rate, "difference": difference}
+    return {"per_s": rate, "difference": difference, "ways_us": ways_us}
 
 
 def in_pools(part: Part, pairs: Sequence[tuple[str, str]], way: str) -> None:
     """Start processes if something of theirs is missing, and measure it."""
-    cells = {pair: sizes_of(part, *pair)[1] for pair in pairs}
-    keys = [key_of(*pair, way, num) for pair in cells for num in cells[pair]]
-    if part.processes and not part.is_done(keys):
+    cells: dict[tuple[str, str], list[int]] = {}
+    for pair in pairs:
+        for num in sizes_of(part, *pair)[1]:
+            if not part.is_done([key_of(*pair, way, num)]):
+                cells.setdefault(pair, []).append(num)
+    if part.processes and cells:
         num = min(max(max(numbers) for numbers in cells.values()), part.processes)
         with paper.pool_of(way, num) as pool:
             if pool is not None:

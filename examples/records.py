@@ -72,10 +72,11 @@ class Records:
         if self.path.exists():
             self.rows = read(self.path)
 
-    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what was measured for a key, here; None if nothing was."""
+    def get(self, key: Mapping[str, Any], since: str = "") -> dict[str, Any] | None:
+        """Return what was measured for a key, here and not before a date, or None."""
         for row in self.rows:
-            if row["key"] == dict(key) and self._is_of_here(row):
+            is_new = row["about"].get("date", "") >= since
+            if row["key"] == dict(key) and is_new and self._is_of_here(row):
                 return row["values"]
         return None
 

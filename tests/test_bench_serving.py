@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -195,6 +197,44 @@ def test_clients_send_side_by_side_and_get_their_own_answers():
         assert run_.is_answered.all()
         given = [output[0, 0] for output in run_.outputs]
         assert given == [shift + 2 * (i % 4) for i in range(20)]
+
+
+class Slow:
+    """An engine that answers each request after a while, and counts those it has."""
+
+    def __init__(self, answer_s):
+        self.answer_s, self.outstanding, self.most = answer_s, 0, 0
+
+    def submit(self, name, inputs, *, deadline_s=None):
+        self.outstanding += 1
+        self.most = max(self.most, self.outstanding)
+        future = Future()
+        threading.Timer(self.answer_s, self.answer, [future]).start()
+        return future
+
+    def answer(self, future):
+        self.outstanding -= 1
+        future.set_result(0.0)
+
+
+@pytest.mark.parametrize("answer_s", [0.002, 1.0])
+def test_a_client_has_no_more_outstanding_than_it_may(answer_s):
+    stream = streams.Stream(np.arange(20) / 100, np.zeros(20, int), np.zeros(20, int))
+    engine = Slow(answer_s)
+    targets = [load.Target("a", [None])]
+    (run_,) = load.replay_all(engine, targets, [stream], None, 1, [2])
+    is_quick = answer_s < 0.1
+    assert engine.most <= 2
+    assert run_.is_answered.sum() == (20 if is_quick else 2)  # the others: too late
+    assert np.isnan(run_.sent_s).sum() == (0 if is_quick else 18)
+    assert sum(run_.latency_s[run_.is_answered] < answer_s) == 0
+
+
+def test_a_client_that_skips_a_request_may_send_the_next():
+    stream = streams.Stream(np.arange(9) / 1e6, np.zeros(9, int), np.zeros(9, int))
+    late = {"sleep": lambda _: time.sleep(0.02), "in_flight": 1}
+    run_ = load.replay(Slow(0.0), [load.Target("a", [None])], stream, 0.01, **late)
+    assert not run_.is_answered.any() and np.isnan(run_.sent_s).all()
 
 
 def test_a_fleet_notices_answers_that_are_not_its_models_own():

@@ -92,6 +92,32 @@ def test_what_was_measured_is_not_measured_again_and_nothing_once_time_is_up(tmp
     assert not part_of(path).is_done([{"R": 1}, {"R": 2}]) and late.is_done([{"R": 2}])
 
 
+def test_only_what_is_wanted_is_measured_and_what_is_old_again(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"per_s": len(calls)}
+
+    path = tmp_path / "rows.json"
+    whole = part_of(path)
+    only = whole._replace(only=paper.only(["way=time,space", "processes=8,-"]))
+    wanted = {"way": "time", "R": 1}
+    other, more = {**wanted, "way": "in turn"}, {**wanted, "processes": 16}
+    assert only.is_done([other, more, {"R": 1}]) and not only.is_done([other, wanted])
+    assert only.measure(other, measure) is None and only.measure(more, measure) is None
+    assert only.measure(wanted, measure) == {"per_s": 1}
+    assert whole.measure(other, measure) == {"per_s": 2}
+    assert only.measure(other, measure) == {"per_s": 2}  # it is there
+    day = whole.records.rows[0]["about"]["date"]
+    assert whole._replace(since=day).measure(other, measure) == {"per_s": 2}
+    again = only._replace(since="9999-01-01")
+    assert again.is_done([other]) and not again.is_done([wanted])
+    assert again.measure(other, measure) == {"per_s": 2}
+    assert again.measure(wanted, measure) == {"per_s": 3} and len(calls) == 3
+    assert again._replace(end_s=0.0).measure(wanted, measure) == {"per_s": 3}
+
+
 def test_processes_have_the_same_models_and_answer_as_these_do_alone(pool):
     members = [("conv2_2", i) for i in range(4)]
     what = {name: GEMM[name] for name in ("scale", "dtype", "precision", "repeat")}
@@ -236,7 +262,8 @@ def test_the_best_number_of_processes_counts(tmp_path):
 class Steady:
     """A way whose first tenant harms the others by what it asks for."""
 
-    def send(self, rates, seconds, seed):
+    def send(self, rates, seconds, seed, *, is_apart=False):
+        assert is_apart == (rates[0] > 10)  # the clients of walls, not of spread
         slow_s = 0.002 if rates[0] > 5 * rates[1] else 0.001
         return [np.full(9, slow_s * (1 + 0.1 * i)) for i in range(len(rates))]
 
@@ -276,6 +303,10 @@ def test_the_table_is_made_of_rows_and_takes_its_place(tmp_path):
         in table
     )
     assert "| exclusive | 0.0% | 100 | - | - | - | - | - | - |" in table
+    kept.rows[0]["about"] = {**kept.rows[0]["about"], "date": "2025-01-02"}
+    kept.rows[-1]["about"] = {**kept.rows[0]["about"], "date": "2025-03-04"}
+    kept.rows[2]["about"] = {**kept.rows[0]["about"], "date": "2025-03-05"}
+    assert ", 2025-01-02 to 20" in figures.policies_table(kept.rows).splitlines()[0]
     readme = f"a\n\n{figures.BEFORE}\n\nb\n"
     once = figures.with_table(readme, table)
     assert once.index(figures.HEADING) < once.index(figures.BEFORE) and table in once

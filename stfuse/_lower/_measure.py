@@ -197,6 +197,11 @@ def fastest_step(steps: Mapping[str, Any], given: tuple[Any, ...], guess: str) -
     return pick(question, runs, guess) if len(names) > 1 else guess
 
 
+def known() -> dict[str, dict[str, float]]:
+    """Return what this process knows: by question, seconds of each way."""
+    return {question: dict(seconds) for question, seconds in _known.items()}
+
+
 def forget() -> None:
     """Forget what this process has measured and spent; what is on disk stays."""
     global _spent_s
