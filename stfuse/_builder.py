@@ -30,6 +30,7 @@ from stfuse._memory import DoesNotFit, Memory, bank_bytes
 from stfuse._regroup import Regroup, program
 from stfuse._residency import as_install
 from stfuse._server import Server
+from stfuse._turns import SHORT_TURNS
 from stfuse._types import Bucket, Policy
 
 _NUM_TIMINGS = 3
@@ -41,7 +42,7 @@ class Builder:
     Args:
         server: whose lanes.
         policy: ``SPACE_TIME`` has one lane for all jobs that fuse, the others one each.
-        max_batch_size: most rows of a slot.
+        rows: of a slot that steps are compiled for, ascending.
         max_slots: most slots of a step.
         max_device_bytes: most bytes of the device's memory; None for all there are.
     """
@@ -51,14 +52,14 @@ class Builder:
         server: Server,
         policy: Policy,
         *,
-        max_batch_size: int,
+        rows: Sequence[int],
         max_slots: int,
         max_device_bytes: int | None = None,
     ) -> None:
         """Start with nothing to build."""
         self._server = server
         self._policy = policy
-        self._max_batch_size = max_batch_size
+        self._rows = rows
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
@@ -101,12 +102,14 @@ class Builder:
                 if lane is None and self._is_closed:
                     return
             if lane is not None:
-                self._update(lane)
+                with SHORT_TURNS:  # tracing is Python, and others are served
+                    self._update(lane)
                 continue
             moves = regroup.moves()
             if regroup.to_measure is not None:
                 (lane, bucket), regroup.to_measure = regroup.to_measure, None
-                self._add_bucket(lane, bucket)
+                with SHORT_TURNS:
+                    self._add_bucket(lane, bucket)
                 moves = regroup.moves()
             self._stale.update(moves[1:])  # what the first one is moved out of
             for name in moves:
@@ -244,9 +247,7 @@ class Builder:
         )
         all_buckets = self._buckets(lane)
         one_each = [
-            b
-            for b in all_buckets
-            if sum(b.slots) == 1 and b.rows == self._max_batch_size
+            b for b in all_buckets if sum(b.slots) == 1 and b.rows == self._rows[-1]
         ]
         try:
             for bucket in one_each if is_small else all_buckets[:1]:
@@ -326,7 +327,7 @@ class Builder:
             self._server.command(lambda: self._server.measure(lane, bucket)).result()
 
     def _buckets(self, lane: Lane) -> list[Bucket]:
-        return buckets(lane.capacities, self._max_slots, self._max_batch_size)
+        return buckets(lane.capacities, self._max_slots, self._rows)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
         step = _lane.compile_bucket(
