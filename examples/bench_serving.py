@@ -98,7 +98,14 @@ class Answers:
 def serve(fleet: Fleet, policy: str, max_batch_size: int) -> Iterator[stfuse.Engine]:
     """Give an engine at full speed, and say how long that took."""
     start_s = time.perf_counter()
-    options = {"policy": policy, "max_batch_size": max_batch_size}
+    # Requests of so many rows fill no others: each number is a compile per bucket.
+    sizes = [fleet.rows << i for i in range(max_batch_size.bit_length())]
+    sizes = [size for size in sizes if size <= max_batch_size]
+    options = {
+        "policy": policy,
+        "max_batch_size": max_batch_size,
+        "batch_sizes": sizes,
+    }
     max_slots = max(64, len(fleet.jobs))
     with fleets.serve(fleet.jobs, max_slots=max_slots, **options) as engine:
         took_s = time.perf_counter() - start_s
@@ -106,6 +113,14 @@ def serve(fleet: Fleet, policy: str, max_batch_size: int) -> Iterator[stfuse.Eng
         print(f"\n{policy}, {fleet.rows} rows a request, batches to {max_batch_size}")
         print(f"  ready in {took_s:.1f} s, {compiles} steps compiled", flush=True)
         yield engine
+        print(f"  all done {time.perf_counter() - start_s:.0f} s after its start")
+
+
+def print_steps(engine: stfuse.Engine) -> None:
+    """Print how often each step ran so far, and its median time."""
+    each = engine.stats().buckets.items()
+    text = [f"{name} {1e3 * s.measured_p50_s:.2f} ({s.steps:,})" for name, s in each]
+    print(f"  steps so far, ms: {', '.join(text)}", flush=True)
 
 
 def options_of(fleet: Fleet, answers: Answers) -> goals.Options:
@@ -264,7 +279,9 @@ def measure_policy(
         equal = np.ones(len(fleet.jobs))
         run, bucket = goals.capacity(engine, fleet, equal, outstanding, options)
         rate = found["equal_capacity_per_s"] = run.answered_per_s
-        print(f"  capacity of equal tenants {rate:,.0f} requests/s; {bucket}")
+        print(
+            f"  capacity of equal tenants {rate:,.0f} requests/s; {bucket}", flush=True
+        )
         if "loadgen" in asked:
             settings = loadgen.Settings(
                 _DEADLINE_MS.value / 1e3, options.seconds, 500, _SEED.value
@@ -276,8 +293,10 @@ def measure_policy(
             answers.worst = max(answers.worst, found["loadgen"]["difference"])
         if policy == "space-time" and "step" in asked:
             found["step"] = measure_step(engine, fleet, options)
+            print_steps(engine)
         if policy == "space-time" and "isolation" in asked:
             found["isolation"] = measure_isolation(engine, fleet, rate, options)
+            print_steps(engine)
         if policy == "space-time" and "join" in asked:
             found["join"] = measure_join(engine, fleet, newcomer, rate, options)
     return found

@@ -21,6 +21,8 @@ from typing import Any
 
 from absl import logging
 
+from stfuse._errors import StfuseError
+
 _LOCK = threading.Lock()
 _OPEN = (PENDING, RUNNING)
 _CANCELLED = (CANCELLED, CANCELLED_AND_NOTIFIED)
@@ -162,3 +164,15 @@ def settle(future: Future[Any], outcome: Any) -> None:
         pass
     except BaseException as error:  # SystemExit of a callback must not end a thread
         logging.error("stfuse: a future's callback raised %r", error)
+
+
+def resolve_all(futures: list[Future[None]], error: StfuseError | None = None) -> None:
+    """Resolve futures that still wait, and forget those of a list of swaps."""
+    for future in futures:
+        if future.done() or not future.set_running_or_notify_cancel():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+    futures.clear()

@@ -7,7 +7,8 @@ Rules:
     While others are served, a new job does not wait for that: a small lane of its own
     serves it until the shared one takes it in.
     The first bucket covers all others, so the lane serves at once, if not yet at full
-    speed; a job is ready when all of them are compiled and measured.
+    speed; a job is ready when all of them are compiled and measured. A lane that takes
+    over from another one first has what that one has, unless many wait for it.
     What does not fit into memory is not tried: slots are given in turns, a bucket is
     left out, a job stays in a lane of its own, or is refused, in this order.
     A build that fails refuses the jobs that it was for; the others notice nothing.
@@ -16,20 +17,20 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from absl import logging
 
 from stfuse import _cost, _lane
+from stfuse._answers import resolve_all
 from stfuse._cache import buckets, next_power_of_two
-from stfuse._errors import DeviceError, StfuseError
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
-from stfuse._members import SHARED
+from stfuse._members import SHARED, refusal
 from stfuse._memory import DoesNotFit, Memory, bank_bytes
 from stfuse._regroup import Regroup, program
 from stfuse._residency import as_install
 from stfuse._server import Server
+from stfuse._turns import SHORT_TURNS
 from stfuse._types import Bucket, Policy
 
 _NUM_TIMINGS = 3
@@ -41,7 +42,7 @@ class Builder:
     Args:
         server: whose lanes.
         policy: ``SPACE_TIME`` has one lane for all jobs that fuse, the others one each.
-        max_batch_size: most rows of a slot.
+        rows: of a slot that steps are compiled for, ascending.
         max_slots: most slots of a step.
         max_device_bytes: most bytes of the device's memory; None for all there are.
     """
@@ -51,14 +52,14 @@ class Builder:
         server: Server,
         policy: Policy,
         *,
-        max_batch_size: int,
+        rows: Sequence[int],
         max_slots: int,
         max_device_bytes: int | None = None,
     ) -> None:
         """Start with nothing to build."""
         self._server = server
         self._policy = policy
-        self._max_batch_size = max_batch_size
+        self._rows = rows
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
@@ -101,12 +102,14 @@ class Builder:
                 if lane is None and self._is_closed:
                     return
             if lane is not None:
-                self._update(lane)
+                with SHORT_TURNS:  # tracing is Python, and others are served
+                    self._update(lane)
                 continue
             moves = regroup.moves()
             if regroup.to_measure is not None:
                 (lane, bucket), regroup.to_measure = regroup.to_measure, None
-                self._add_bucket(lane, bucket)
+                with SHORT_TURNS:
+                    self._add_bucket(lane, bucket)
                 moves = regroup.moves()
             self._stale.update(moves[1:])  # what the first one is moved out of
             for name in moves:
@@ -213,8 +216,9 @@ class Builder:
                 if capacity is None:
                     raise
                 continue
-            for bucket in lane.steps:  # each must run before it may serve
-                self._measure(lane, bucket)
+            self._catch_up(lane, tenants)
+            for bucket in [b for b in lane.steps if b not in lane.step_s]:
+                self._measure(lane, bucket)  # each must run before it may serve
             if name == SHARED and self._is_refused(lane, tenants):
                 return server.lanes[name]
             if server.command(lambda: self._hand_over(lane, tenants)).result():  # noqa: B023
@@ -244,9 +248,7 @@ class Builder:
         )
         all_buckets = self._buckets(lane)
         one_each = [
-            b
-            for b in all_buckets
-            if sum(b.slots) == 1 and b.rows == self._max_batch_size
+            b for b in all_buckets if sum(b.slots) == 1 and b.rows == self._rows[-1]
         ]
         try:
             for bucket in one_each if is_small else all_buckets[:1]:
@@ -261,6 +263,27 @@ class Builder:
             for tenant in {program(t): t for t in tenants}.values():
                 _lane.write(lane, tenant.member)
         return lane
+
+    def _catch_up(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
+        """Compile what a running lane has, unless many wait for the new one."""
+        running = self._server.lanes.get(lane.name)
+        is_urgent = lane.name in self._stale or any(t.swaps for t in tenants)
+        num_new = sum(t.lane != lane.name for t in tenants)
+        if running is None or is_urgent or 2 * num_new > len(tenants):
+            return
+        if self._regroup.is_trial():
+            return
+        for bucket in self._buckets(lane):
+            if self._is_closed or lane.name in self._pending:
+                return
+            is_used = bucket in running.steps or bucket.is_open
+            if is_used and bucket not in lane.steps:
+                try:
+                    self._compile(lane, bucket)
+                    self._measure(lane, bucket)  # now, for all at once are a burst
+                except Exception as error:  # `_complete` tries it again, and says so
+                    lane.steps.pop(bucket, None)
+                    logging.info("stfuse: '%s' lacks %s: %s", lane.name, bucket, error)
 
     def _is_refused(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
         """Measure a lane that takes evicted jobs back; return whether it does not."""
@@ -290,7 +313,7 @@ class Builder:
             server.start(lane, bucket)
         server.members.arrive(lane, here)
         for tenant in tenants:
-            _resolve_all(tenant.swaps)
+            resolve_all(tenant.swaps)
         return True
 
     def _complete(self, lane: Lane) -> None:
@@ -306,7 +329,7 @@ class Builder:
         with server.lock:
             here = [t for t in server.tenants.values() if t.lane == lane.name]
             done = [t.ready for t in here if t.is_placed and t.home is None]
-        _resolve_all(done)
+        resolve_all(done)
 
     def _add_bucket(self, lane: Lane, bucket: Bucket) -> None:
         """Compile one more bucket of a serving lane, which can do without it."""
@@ -326,7 +349,7 @@ class Builder:
             self._server.command(lambda: self._server.measure(lane, bucket)).result()
 
     def _buckets(self, lane: Lane) -> list[Bucket]:
-        return buckets(lane.capacities, self._max_slots, self._max_batch_size)
+        return buckets(lane.capacities, self._max_slots, self._rows)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
         step = _lane.compile_bucket(
@@ -346,7 +369,7 @@ class Builder:
         self._regroup.give_up()
         self._stale.discard(name)
         for tenant in tenants:
-            _resolve_all(tenant.swaps, _refusal("swap", tenant, error))
+            resolve_all(tenant.swaps, refusal("swap", tenant, error))
         new = [t for t in new if t.lane != name or not t.is_placed]
         if len(new) > 1:
             self._one_at_a_time.update(t.job.name for t in new)
@@ -358,8 +381,7 @@ class Builder:
                 tenant.home = None
                 self.request(tenant.lane)
             else:
-                refusal = _refusal("add", tenant, error)
-                self._server.members.refuse(tenant, refusal)
+                self._server.members.refuse(tenant, refusal("add", tenant, error))
 
 
 def _fewer(tenants: Sequence[Tenant], capacity: int | None) -> int | None:
@@ -371,27 +393,3 @@ def _fewer(tenants: Sequence[Tenant], capacity: int | None) -> int | None:
     fewer = most // 2
     has_room = all(len(p) <= fewer or sum(p) < fewer for p in of.values())
     return fewer if fewer and has_room else None
-
-
-def _refusal(call: str, tenant: Tenant, error: Exception) -> DeviceError:
-    name = tenant.job.name
-    reason = f"its step could not be built: {type(error).__name__}: {error}"
-    if isinstance(error, DoesNotFit):
-        reason = str(error)
-    refusal = DeviceError(
-        f"`stfuse.Engine.{call}`: job '{name}' was refused, {reason}", jobs=(name,)
-    )
-    refusal.__cause__ = error
-    return refusal
-
-
-def _resolve_all(futures: list[Future[None]], error: StfuseError | None = None) -> None:
-    """Resolve futures that still wait, and forget those of a list of swaps."""
-    for future in futures:
-        if future.done() or not future.set_running_or_notify_cancel():
-            continue
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-    futures.clear()

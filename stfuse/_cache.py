@@ -32,12 +32,14 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
     return (*below, limit)
 
 
-def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bucket]:
+def buckets(
+    capacities: Sequence[int], max_slots: int, rows: Sequence[int]
+) -> list[Bucket]:
     """Return the shapes that a lane is compiled for.
 
     Every species alone at one slot and at all (nobody pays for a species that has
     nothing to do), and all species together at 1, 2, 4, ... slots each, bounded by
-    their capacity; each at 1, 2, 4, ... rows. All slots of a lone species also open,
+    their capacity; each at each number of rows. All slots of a lone species also open,
     if they are many: in the largest step those who have more waiting than others should
     not be held to a slot each. The first one covers the most: all work can run in it
     until the others are ready.
@@ -45,10 +47,10 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
     Args:
         capacities: slots of each species' bank.
         max_slots: most slots of one step, over all species.
-        max_rows: most rows of a slot.
+        rows: of a slot, ascending.
 
     Example:
-        >>> [str(b) for b in buckets((2, 1), 64, 1)]
+        >>> [str(b) for b in buckets((2, 1), 64, [1])]
         ['2+1x1', '0+1x1', '1+0x1', '1+1x1', '2+0x1']
     """
     shapes = set()
@@ -59,7 +61,6 @@ def buckets(capacities: Sequence[int], max_slots: int, max_rows: int) -> list[Bu
         together = tuple(min(k, c) for c in capacities)
         if sum(together) <= max_slots:
             shapes.add(together)
-    rows = powers_of_two(max_rows)
     found = sorted(Bucket(slots, b) for slots in shapes for b in rows)
     largest = max(found, key=lambda b: (sum(b.slots), b.rows))
     if len(capacities) == 1 and _FROM <= sum(capacities) <= max_slots:

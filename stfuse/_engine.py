@@ -14,6 +14,7 @@ import asyncio
 import functools
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -36,7 +37,7 @@ from stfuse._inputs import check_seconds
 from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._metrics import Snapshot
-from stfuse._options import check_delay, check_sizes, policy_of
+from stfuse._options import check_delay, check_sizes, policy_of, rows_of
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
 from stfuse._swap import own, write_weights
@@ -52,6 +53,8 @@ class Engine:
             ``"exclusive"`` runs one model at a time, its own requests batched;
             ``"time"`` runs one request at a time, round robin.
         max_batch_size: most rows of one request, and of one slot of a step.
+        batch_sizes: rows of a slot that steps are compiled for, beside
+            ``max_batch_size``; None for 1, 2, 4, ... The fewer, the sooner ready.
         max_slots: most slots of one step.
         max_queue_delay_s: how long a request may wait for company while the device is
             free, seconds.
@@ -83,6 +86,7 @@ class Engine:
         *,
         policy: str = "space-time",
         max_batch_size: int = 8,
+        batch_sizes: Sequence[int] | None = None,
         max_slots: int = 64,
         max_queue_delay_s: float = 0.0,
         max_queue_size: int = 1024,
@@ -95,10 +99,7 @@ class Engine:
         clock: Clock = time.monotonic,
     ) -> None:
         """Start its threads."""
-        check_sizes(
-            max_batch_size=max_batch_size,
-            max_slots=max_slots,
-        )
+        check_sizes(max_batch_size=max_batch_size, max_slots=max_slots)
         check_delay(max_queue_delay_s)
         self._max_batch_size = max_batch_size
         chosen = policy_of(policy)
@@ -120,7 +121,7 @@ class Engine:
         self._builder = Builder(
             self._server,
             chosen,
-            max_batch_size=max_batch_size,
+            rows=rows_of(batch_sizes, max_batch_size),
             max_slots=max_slots,
             max_device_bytes=max_device_bytes,
         )

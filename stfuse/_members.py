@@ -15,10 +15,11 @@ from absl import logging
 from stfuse import _lane
 from stfuse._books import Books
 from stfuse._cache import CostTable
-from stfuse._errors import ClosedError
+from stfuse._errors import ClosedError, DeviceError
 from stfuse._faults import Faults
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
+from stfuse._memory import DoesNotFit
 from stfuse._metrics import Metrics
 from stfuse._residency import Residency, as_install
 from stfuse._scheduler import Scheduler
@@ -187,3 +188,16 @@ class Members:
             tenant.drained.set_result(None)
 
         self._command(free)
+
+
+def refusal(call: str, tenant: Tenant, error: Exception) -> DeviceError:
+    """Return what a job gets whose step could not be built."""
+    name = tenant.job.name
+    reason = f"its step could not be built: {type(error).__name__}: {error}"
+    if isinstance(error, DoesNotFit):
+        reason = str(error)
+    found = DeviceError(
+        f"`stfuse.Engine.{call}`: job '{name}' was refused, {reason}", jobs=(name,)
+    )
+    found.__cause__ = error
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from stfuse._types import Policy
@@ -18,6 +19,24 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(
                 f"`stfuse.Engine`: {name} is {value!r}; pass a whole number >= 1."
             )
+
+
+def rows_of(batch_sizes: Sequence[int] | None, max_batch_size: int) -> tuple[int, ...]:
+    """Return the rows of a slot that steps are compiled for, ascending.
+
+    Raises:
+        ValueError: one of them is no whole number of at least one, or above the most.
+    """
+    if batch_sizes is None:
+        batch_sizes = [1 << i for i in range(max_batch_size.bit_length())]
+    for size in batch_sizes:
+        check_sizes(batch_sizes=size)
+        if size > max_batch_size:
+            raise ValueError(
+                f"`stfuse.Engine`: batch_sizes has {size}; max_batch_size is "
+                f"{max_batch_size}. Raise it, or leave {size} out."
+            )
+    return tuple(sorted({*batch_sizes, max_batch_size}))
 
 
 def check_delay(max_queue_delay_s: float) -> None:

@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 from stfuse._types import Policy, Submit
 
+# Of a step: who had no more than that beyond others is level with them. Less than what
+# one tenant alone has of a step, or a flood would come before whoever comes after it.
+_LEVEL = 0.5
+
 
 class Entry(NamedTuple):
     """A queued request; a queue is sorted by these.
@@ -74,7 +78,8 @@ class Queues:
 
     Args:
         policy: ``TIME`` goes round robin; the others earliest deadline first, then,
-            among those without deadlines, least service first.
+            among those without deadlines, in order of arrival, but for those who had
+            more service than others: they come last, least service first.
         on_empty: called with a tenant that has nothing left.
     """
 
@@ -153,7 +158,8 @@ class Queues:
         self._step_s = sum(costs_s)
         # Not the least: whoever comes back would be ahead of all who wait, always, and
         # those who ask for a little more than others would starve beside the rest.
-        levels_s = sorted([tenant.service_s for tenant in tenants])
+        # Each once, however many slots it has, or a busy one would be its own measure.
+        levels_s = sorted([tenant.service_s for tenant in set(tenants)])
         self._virtual_s = max(self._virtual_s, levels_s[len(levels_s) // 2])
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
             tenant.service_s += cost_s / tenant.weight
@@ -165,10 +171,13 @@ class Queues:
         if tenant.is_parked:
             return
         deadline_s, request, _, _, _, _ = tenant.queue[0]
+        level_s = self._virtual_s + _LEVEL * self._step_s
         if self._is_round_robin:
             key, heap = (tenant.turn, request), self._patient
         elif deadline_s == math.inf or self._is_ahead(tenant):
-            key, heap = (tenant.service_s, request), self._patient
+            # Who is level with others comes as it came: by service, whoever asks for a
+            # little more than most would be last until all had their turn.
+            key, heap = (max(tenant.service_s, level_s), request), self._patient
         else:
             key, heap = (deadline_s, tenant.service_s, request), self._urgent
         heapq.heappush(heap, (key, tenant.stamp, tenant))

@@ -6,7 +6,8 @@ Rules:
     Between tenants, under each policy:
         space-time  earliest deadline first; then, among those without deadlines and
                     those who had more than their share, least weighted service so far,
-                    counted in predicted device seconds.
+                    counted in predicted device seconds; in order of arrival where that
+                    is about the same.
         exclusive   the same order, but a step serves one tenant.
         time        round robin, one request a step.
     Every fourth step starts with a tenant without deadlines, if one waits: a stream of
@@ -79,7 +80,7 @@ class Scheduler:
         self._queues = Queues(policy, self._emptied)
         self._tenants: dict[str, Tenant] = {}
         self._lanes: dict[str, LaneBuckets] = {}
-        self._num_steps = self._num_served = 0
+        self._num_steps = self._num_slots = 0
         self._is_contended = False
 
     @property
@@ -99,12 +100,12 @@ class Scheduler:
 
     @property
     def has_backlog(self) -> bool:
-        """Whether as many tenants wait as the last step serves.
+        """Whether as many tenants wait as the last step has slots in use.
 
         Then one more on the device keeps it busy; else it would be emptier than need
         be, and whoever comes next would wait for both.
         """
-        return len(self._queues.waiting) >= self._num_served
+        return len(self._queues.waiting) >= self._num_slots
 
     def queued(self, tenant: str) -> tuple[int, ...]:
         """Return a tenant's waiting requests, in the order they would run."""
@@ -359,7 +360,7 @@ class Scheduler:
         step_s = lane.ready[bucket].step_s
         row_s = step_s / sum([chunk.rows for chunk in chunks])
         self._num_steps += 1
-        self._num_served = len({chunk.tenant for chunk in chunks})
+        self._num_slots = len(chunks)
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
         for tenant, chunk in zip(tenants, chunks, strict=True):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stfuse import _cache
+from stfuse._options import rows_of
 from stfuse._types import Bucket
 
 
@@ -34,7 +35,7 @@ LANES = st.tuples(
 @given(LANES)
 def test_buckets_respect_their_bounds(lane):
     capacities, max_slots, max_rows = lane
-    found = _cache.buckets(capacities, max_slots, max_rows)
+    found = _cache.buckets(capacities, max_slots, rows_of(None, max_rows))
     assert len(set(found)) == len(found)
     for bucket in found:
         assert len(bucket.slots) == len(capacities)
@@ -47,7 +48,7 @@ def test_buckets_respect_their_bounds(lane):
 @given(LANES)
 def test_a_lone_request_of_any_species_pays_for_nobody_else(lane):
     capacities, max_slots, max_rows = lane
-    found = _cache.buckets(capacities, max_slots, max_rows)
+    found = _cache.buckets(capacities, max_slots, rows_of(None, max_rows))
     for s in range(len(capacities)):
         slots = tuple(int(i == s) for i in range(len(capacities)))
         assert {Bucket(slots, 1), Bucket(slots, max_rows)} <= set(found)
@@ -56,7 +57,7 @@ def test_a_lone_request_of_any_species_pays_for_nobody_else(lane):
 @given(LANES)
 def test_the_first_bucket_covers_the_most(lane):
     capacities, max_slots, max_rows = lane
-    first, *rest = _cache.buckets(capacities, max_slots, max_rows)
+    first, *rest = _cache.buckets(capacities, max_slots, rows_of(None, max_rows))
     assert first.rows == max_rows
     assert all(sum(first.slots) >= sum(b.slots) for b in rest)
     if sum(capacities) <= max_slots:
@@ -66,7 +67,7 @@ def test_the_first_bucket_covers_the_most(lane):
 @given(LANES)
 def test_a_step_of_many_slots_that_serves_all_can_be_open(lane):
     capacities, max_slots, max_rows = lane
-    found = _cache.buckets(capacities, max_slots, max_rows)
+    found = _cache.buckets(capacities, max_slots, rows_of(None, max_rows))
     opened = [bucket for bucket in found if bucket.is_open]
     assert not found[0].is_open
     if len(capacities) == 1 and 8 <= sum(capacities) <= max_slots:

@@ -168,6 +168,8 @@ def test_calls_that_would_wait_for_themselves_are_refused():
     [
         ({"policy": "space"}, "policy is 'space'"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"batch_sizes": (2, 0)}, "batch_sizes is 0"),
+        ({"batch_sizes": (2, 16)}, "batch_sizes has 16; max_batch_size is 8"),
         ({"max_slots": 1.5}, "max_slots is 1.5"),
         ({"max_queue_size": -1}, "max_queue_size is -1"),
         ({"max_queue_delay_s": -1.0}, "max_queue_delay_s is -1.0"),

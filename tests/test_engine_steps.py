@@ -81,6 +81,18 @@ def test_a_bucket_says_what_was_predicted_and_what_came():
     assert bucket.prediction_error == pytest.approx((0.0 + 3.0) / 2)
 
 
+@pytest.mark.parametrize(
+    ("batch_sizes", "rows"),
+    [(None, {1, 2, 4, 6}), ((), {6}), ((6,), {6}), ([4, 2, 4], {2, 4, 6})],
+)
+def test_steps_are_compiled_for_the_batch_sizes_asked_for(batch_sizes, rows):
+    options = {"max_batch_size": 6, "batch_sizes": batch_sizes}
+    with serve(affine_job("a"), device=FakeDevice(), **options) as engine:
+        assert {bucket.rows for bucket in engine._server.lanes["all"].steps} == rows
+        expected = affine_job("a").apply_fn(affine_job("a").params, ROW)
+        np.testing.assert_allclose(engine.infer("a", ROW), expected)
+
+
 def test_a_bucket_that_stalls_made_look_slow_is_tried_again():
     clock, stall_s = ManualClock(), [0.0]
 

@@ -61,7 +61,7 @@ def test_failure_02_one_request_has_one_answer_whoever_shares_its_step(
     x = rng.normal(size=(1, width_of(name))).astype(np.float32)
     ((species, _),) = lane.places[name]
     found = []
-    for bucket in buckets(lane.capacities, 64, 2):
+    for bucket in buckets(lane.capacities, 64, (1, 2)):
         if not bucket.slots[species]:
             continue
         seen = set()

@@ -133,6 +133,24 @@ def test_failure_09_an_evicted_tenant_is_tried_again_and_returns_once_it_is_quic
     serve_round(engine, clock, "slow")
 
 
+def test_failure_10_a_lane_takes_over_with_the_steps_that_the_old_one_has():
+    serving = []
+
+    class Device(FakeDevice):
+        def compile(self, step_fn, *specs):
+            if serving:
+                serving.append(serving[0]._server.lanes["all"].capacities)
+            return super().compile(step_fn, *specs)
+
+    jobs = [affine_job(name, width=13) for name in "abc"]
+    with serve(*jobs[:2], device=Device(), max_batch_size=1) as engine:
+        serving.append(engine)
+        engine.add(jobs[2]).result(60)
+        assert engine._server.lanes["all"].capacities == (4,)
+    # The newcomer's own lane, the largest step, and those of one and of two slots.
+    assert serving[1:] == [(2,)] * 4
+
+
 def test_failure_10_nothing_is_traced_or_stalled_while_a_tenant_is_added_under_load():
     clock, traces = ManualClock(), []
 

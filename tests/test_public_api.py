@@ -24,9 +24,9 @@ CONTRACT = {
     "Fused.stack": "self inputs",
     "Fused.step": "self bank stacked",
     "Fused.split": "self stacked",
-    "Engine": "policy max_batch_size max_slots max_queue_delay_s max_queue_size "
-    "max_queue_rows max_queue_bytes max_total_rows max_total_bytes max_device_bytes "
-    "device clock",
+    "Engine": "policy max_batch_size batch_sizes max_slots max_queue_delay_s "
+    "max_queue_size max_queue_rows max_queue_bytes max_total_rows max_total_bytes "
+    "max_device_bytes device clock",
     "Engine.add": "self job",
     "Engine.remove": "self name",
     "Engine.swap": "self name params",

@@ -107,12 +107,13 @@ def test_those_who_wait_for_more_have_more_of_an_open_step():
     decision = scheduler.decide(0.0)
     assert decision.batch.bucket == Bucket((4,), 1, is_open=True)
     assert served(decision) == [("a", (0,)), ("b", (3,)), ("c", (4,)), ("a", (1,))]
-    # Three have a slot each of the other one: it is faster, and as good.
+    # Three have a slot each of the other one: it is faster, and as good. First come,
+    # first served: nobody had more than half a step more than others.
     for request, tenant in enumerate("bc", 5):
         submit(scheduler, request, tenant)
     decision = scheduler.decide(0.0)
     assert decision.batch.bucket == Bucket((4,), 1)
-    assert served(decision) == [("b", (5,)), ("c", (6,)), ("a", (2,))]
+    assert served(decision) == [("a", (2,)), ("b", (5,)), ("c", (6,))]
 
 
 def test_the_earliest_deadline_runs_first_when_not_all_fit():
@@ -194,6 +195,55 @@ def test_whoever_comes_back_is_not_ahead_of_all_who_wait():
     queues.add(back, Submit(0, "back", 1, 0.0, None))
     assert back.service_s == 2.0  # as most who were served; not as the least of them
     assert [t.service_s for t in (little, some, much)] == [1.1, 2.1, 9.1]
+
+
+def test_whoever_has_most_slots_of_a_step_does_not_set_the_level():
+    queues = Queues(Policy.SPACE_TIME, lambda tenant: None)
+    little, some, much = tenants = [Tenant(name, 1.0) for name in "lsm"]
+    for tenant, service_s in zip(tenants, (1.0, 2.0, 9.0), strict=True):
+        tenant.service_s = service_s
+    queues.charge([much, little, some, much, much], [0.1] * 5)
+    back = Tenant("back", 1.0)
+    queues.add(back, Submit(0, "back", 1, 0.0, None))
+    assert back.service_s == 2.0
+
+
+def test_those_of_about_the_same_service_run_in_order_of_arrival():
+    queues = Queues(Policy.SPACE_TIME, lambda tenant: None)
+    level, early, ahead = tenants = [Tenant(name, 1.0) for name in "lea"]
+    for tenant, service_s in zip(tenants, (1.0, 1.0, 1.5), strict=True):
+        tenant.service_s = service_s
+    queues.charge([level, early], [0.6, 0.4])  # 0.5 is about the same, 0.4 too
+    early.service_s, level.service_s = 1.5, 1.1
+    for request, tenant in enumerate((ahead, early, level)):
+        queues.add(tenant, Submit(request, tenant.name, 1, 0.0, None))
+    ahead.service_s = 1.51
+    queues.place(ahead)
+    order = [tenant.name for tenant in queues.in_order(is_patient_first=False)]
+    assert order == ["e", "l", "a"]
+
+
+def test_a_flood_does_not_run_before_whoever_came_after_it():
+    scheduler = one_lane(tenants="ab", capacity=1, rows=1)
+    for request in range(9):
+        submit(scheduler, request, "a")
+    first = [served(scheduler.decide(0.0))[0][0] for _ in range(3)]
+    submit(scheduler, 9, "b")
+    assert [*first, served(scheduler.decide(0.0))[0][0]] == ["a", "a", "a", "b"]
+
+
+def test_a_backlog_is_as_many_tenants_as_the_last_step_had_slots_in_use():
+    scheduler = one_lane(rows=1)
+    scheduler.handle(Ready("all", Bucket((4,), 1, is_open=True), 0.011))
+    for request, tenant in enumerate("aaab"):
+        submit(scheduler, request, tenant)
+    assert len(served(scheduler.decide(0.0))) == 4  # of two tenants
+    for request, tenant in enumerate("abc", 4):
+        submit(scheduler, request, tenant)
+        assert not scheduler.has_backlog  # who comes next has room in the next step
+    scheduler.handle(Join("d"))
+    submit(scheduler, 7, "d")
+    assert scheduler.has_backlog
 
 
 def test_it_takes_the_bucket_of_most_rows_a_second():
