@@ -9,56 +9,22 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stfuse import _lower, _rules
-from stfuse._lower import Item, Region, Siblings
+from stfuse import _lower, _regions, _rules
 from stfuse._plan import Node, used_together
 from stfuse._program import Literal, Op
+from stfuse._regions import Item, Region, Siblings
 from stfuse._rules import Merge, Stack
+from stfuse._together import How, merge_of, run_region, run_siblings
 from stfuse._trace import scan_parts, trace_body
-from stfuse._types import Cost
-from stfuse._values import Env, Held, assemble, place, read
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What a test may do to an evaluation: look at it, or poison its padding.
-
-    Attributes:
-        operand: maps each operand of a launch of unlike ops.
-        launched: is told each launch: its merge, and per member species and op index;
-            then its operands and its outputs.
-    """
-
-    operand: Callable[[Stack], Stack] = lambda x: x
-    launched: Callable[[Merge, Any, Sequence[Stack], Sequence[Stack]], None] = (
-        lambda merge, members, operands, outs: None
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """How launches are computed.
-
-    Attributes:
-        rows: rows of a slot, mapped outside; the chooser of lowerings wants to know.
-        cost: the device.
-        lowering: ``"auto"`` or ``"native"``.
-        probe: for tests.
-    """
-
-    rows: int
-    cost: Cost
-    lowering: str = "auto"
-    probe: Probe | None = None
+from stfuse._values import Env, Held, assemble, read
 
 
 def evaluate(env: Env, nodes: Sequence[Node], how: How) -> None:
@@ -71,13 +37,11 @@ def evaluate(env: Env, nodes: Sequence[Node], how: How) -> None:
     """
     for node in _order(env, nodes, how):
         if isinstance(node, Region):
-            _run_region(env, node)
+            run_region(env, node)
             continue
         if isinstance(node, Siblings):
-            _run_siblings(env, node, how)
-            continue
-        if isinstance(node, Siblings):
-            _run_siblings(env, node, how)
+            if not run_siblings(env, node, how):
+                evaluate(env, node.nodes, how)
             continue
         ops = [env.programs[s].ops[i] for s, i in node.members]
         if node.body is not None and len(ops) > 1:
@@ -93,96 +57,9 @@ def _order(env: Env, nodes: Sequence[Node], how: How) -> Sequence[Item]:
         members = tuple(m for m in node.members if m[0] in env.programs)
         if members:
             own.append(replace(node, members=members))
-    if how.probe is None and _lower.has_regions(how.cost, how.lowering):
-        return _lower.schedule(env.programs, own)
+    if how.probe is None and _regions.are_used(how.cost, how.lowering):
+        return _regions.schedule(env.programs, own)
     return own
-
-
-def _run_region(env: Env, region: Region) -> None:
-    """Run the launches of a region as one."""
-    operands = [
-        place(
-            env,
-            value.members,
-            [jax.ShapeDtypeStruct(shape, value.dtype) for shape in value.shapes],
-        )
-        for value in region.values[: region.num_inputs]
-    ]
-    outs = [region.values[i] for i in region.outputs]
-    counts = [env.counts[s] for s in region.species]
-    shapes = [_rules.widest(value.shapes) for value in outs]
-    arrays = _lower.compute_region(region, counts, operands, shapes)
-    for value, numbers, array in zip(outs, region.numbers, arrays, strict=True):
-        sizes = np.repeat([*value.shapes], counts, axis=0).astype(int)
-        sizes = sizes.reshape(sum(counts), array.ndim - 1)
-        clean = (True,) * (array.ndim - 1)
-        env.put(region.species, numbers, Stack(array, True, sizes, clean))
-
-
-def _run_siblings(env: Env, siblings: Siblings, how: How) -> None:
-    """Run products of one operand as one, with their weights side by side."""
-    first = siblings.nodes[0].members
-    species = [s for s, _ in first]
-    columns = [
-        [env.programs[s].ops[i] for s, i in node.members] for node in siblings.nodes
-    ]
-    wides = [_rules.widen(ops) for ops in columns]
-    weights = [_weights(env, species, ops) for ops in columns]
-    is_one_kind = len({x.is_stacked for x in weights}) == 1
-    if not is_one_kind or any(x.index is not None for x in weights):
-        for node in siblings.nodes:
-            _run(
-                env,
-                node.members,
-                [env.programs[s].ops[i] for s, i in node.members],
-                how,
-            )
-        return
-    ops = columns[0]
-    own = [op.in_specs[0] for op in ops]
-    rows = [(s, op.inputs[0]) for s, op in zip(species, ops, strict=True)]
-    x = read(env, rows, own, wides[0].in_specs[0].shape)
-    stacks = []
-    for column, wide in zip(columns, wides, strict=True):
-        named = [(s, op.inputs[1]) for s, op in zip(species, column, strict=True)]
-        specs = [op.in_specs[1] for op in column]
-        stacks.append(read(env, named, specs, wide.in_specs[1].shape))
-    if len({stack.is_stacked for stack in stacks}) > 1:
-        stacks = [_rules.to_stacked(stack) for stack in stacks]
-    w = replace(
-        stacks[0],
-        array=jnp.concatenate([stack.array for stack in stacks], axis=-1),
-        clean=(all(stack.clean[0] for stack in stacks), False),
-    )
-    wide = _widened(wides[0], x.shape, w.shape)
-    merge = _merge(env, species, ops, wide, how)
-    (y,) = _rules.launch(merge, [x, w])
-    start = 0
-    for column, wide in zip(columns, wides, strict=True):
-        end = start + wide.specs[0].shape[-1]
-        ndim = len(wide.specs[0].shape)
-        held = Held(
-            y.array[..., start:end],
-            y.is_stacked,
-            (False,) * ndim,
-            env.starts(species),
-            within=(y.array, 0, start),
-        )
-        for s, op in zip(species, column, strict=True):
-            env.values[s, op.outputs[0]] = held
-        start = end
-
-
-def _weights(env: Env, species: Sequence[int], ops: Sequence[Op]) -> Held:
-    return env.values[species[0], ops[0].inputs[1]]  # type: ignore[index]
-
-
-def _widened(op: Op, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Op:
-    """Return a product of rows and a wider matrix."""
-    x, w = op.in_specs
-    specs = (jax.ShapeDtypeStruct(lhs, x.dtype), jax.ShapeDtypeStruct(rhs, w.dtype))
-    out = jax.ShapeDtypeStruct((*lhs[:-1], rhs[-1]), op.specs[0].dtype)
-    return op.at(specs, (out,), op.params)
 
 
 def _run_indexed(
@@ -245,7 +122,7 @@ def _run(
         return
     species = [s for s, _ in members]
     wide = _rules.widen(ops)
-    merge = _merge(env, species, ops, wide, how)
+    merge = merge_of(env, species, ops, wide, how)
     operands = [
         read(
             env,
@@ -262,28 +139,6 @@ def _run(
         how.probe.launched(merge, members, operands, outs)
     for k, x in enumerate(outs):
         env.put(species, [op.outputs[k] for op in ops], x)
-
-
-def _merge(
-    env: Env, species: Sequence[int], ops: Sequence[Op], wide: Op, how: How
-) -> Merge:
-    """Return a launch whose lowering is chosen when it is evaluated."""
-    counts = tuple(env.counts[s] for s in species)
-
-    def compute(op: Op, arrays: Sequence[Any], flags: Sequence[bool]) -> Any:
-        if not any(flags):
-            return op.bind_fn(*arrays)
-        name = _lower.choose(
-            op,
-            flags,
-            num_slots=sum(counts),
-            rows=how.rows,
-            cost=how.cost,
-            mode=how.lowering,
-        )
-        return _lower.apply(name, op, arrays, flags)
-
-    return Merge(tuple(ops), counts, wide, compute)
 
 
 def _run_loop(

@@ -70,7 +70,7 @@ class Part:
             if (own := [(b, leaf) for b, leaf in buffer.members if b in taken])
         ]
 
-    def views(self, stacks: Sequence[Any], slots: Mapping[int, Any]) -> list[Any]:
+    def views(self, stacks: Mapping[int, Any], slots: Mapping[int, Any]) -> list[Any]:
         """Return the parameters of the named slots, one array per view."""
         return [
             x if index is None else jnp.take(x, index, axis=0, mode="clip")

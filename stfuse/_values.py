@@ -19,6 +19,7 @@ from jax import lax
 
 from stfuse import _rules
 from stfuse._program import Literal, Trace
+from stfuse._regions import Place
 from stfuse._rules import Stack
 
 Atom = int | Literal
@@ -129,23 +130,6 @@ def read(
         pieces.append(_fit(piece, shape))
         at += count
     return _joined(env, values, pieces, sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where values of some species stand, for a kernel that computes addresses.
-
-    Attributes:
-        array: ``[rows, *padded]``, or ``[*padded]`` for all rows.
-        is_stacked: whether it has rows.
-        rows: which rows are meant, one per slot.
-        column: where in the last axis they begin.
-    """
-
-    array: Any
-    is_stacked: bool
-    rows: tuple[int, ...]
-    column: int = 0
 
 
 def place(

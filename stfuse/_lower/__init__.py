@@ -24,17 +24,11 @@ from stfuse._lower import (
     _dot,
     _indexed,
     _measure,
-    _region_kernel,
-    _regions,
 )
-from stfuse._lower._region_kernel import Operand
-from stfuse._lower._regions import Item, Region, Siblings
 from stfuse._plan import Plan
 from stfuse._program import Op
 from stfuse._types import Cost
 
-__all__ = ["Item", "Region", "Siblings"]
-schedule = _regions.schedule
 LOWERINGS = ("auto", "heuristic", "native")
 # Patches win on a GPU at every size measured; on a CPU while a slot's patches stay in
 # cache (16 jobs, 3x3: 36 KiB of patches 172 us against 209 unrolled; 295 KiB 1495
@@ -221,40 +215,6 @@ def indexed(op: Op, lhs: Any, stack: Any, index: Any) -> tuple[Any]:
         index: ``[K]``, the named slots.
     """
     return _indexed.dot(op, lhs, stack, index)
-
-
-def has_regions(cost: Cost, mode: str) -> bool:
-    """Return whether light launches around reductions become kernels of their own.
-
-    Args:
-        cost: the device that the step is for.
-        mode: how it is lowered.
-    """
-    is_gpu = cost.source != "cpu" and jax.default_backend() == "gpu"
-    return is_gpu and mode not in ("native", "plain")
-
-
-def compute_region(
-    region: Region,
-    counts: Sequence[int],
-    operands: Sequence[Operand],
-    shapes: Sequence[tuple[int, ...]],
-) -> list[Any]:
-    """Compute a region.
-
-    Args:
-        region: of `schedule`.
-        counts: per species, its slots.
-        operands: where its inputs stand.
-        shapes: the padded shapes of its outputs.
-
-    Returns:
-        Per output ``[K, *shape]``, zero in its padding.
-    """
-    is_interpreted = jax.default_backend() == "cpu"
-    return _region_kernel.run(
-        region, counts, operands, shapes, is_interpreted=is_interpreted
-    )
 
 
 def lower_plan(plan: Plan, mode: str) -> Plan:

@@ -1,0 +1,113 @@
+"""Arithmetic on the blocks of a program, where a device's own is not enough.
+
+Short floats round after each op, as alone. The device's maximum drops NaN; it has no
+error function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stfuse._program import Op
+
+
+def _lowest(dtype: Any) -> Any:
+    is_float = jnp.issubdtype(dtype, np.floating)
+    return -np.inf if is_float else np.iinfo(dtype).min
+
+
+def _highest(dtype: Any) -> Any:
+    is_float = jnp.issubdtype(dtype, np.floating)
+    return np.inf if is_float else np.iinfo(dtype).max
+
+
+NEUTRAL = {"reduce_max": _lowest, "reduce_min": _highest, "reduce_sum": lambda _: 0}
+REDUCE = {"reduce_max": jnp.max, "reduce_min": jnp.min, "reduce_sum": jnp.sum}
+_SAME = frozenset(["copy", "copy_p", "stop_gradient"])
+_NATIVE = frozenset(
+    "and convert_element_type eq ge gt le lt ne not or select_n xor".split()
+)
+
+
+def elementwise(op: Op, operands: Sequence[Any]) -> Any:
+    """Evaluate an op on blocks; short floats round after each op, as alone."""
+    if op.name in _SAME:
+        return operands[0]
+    if op.name == "select_n":
+        return jnp.where(operands[0] != 0, operands[2], operands[1])
+    if op.name == "convert_element_type":
+        return _converted(operands[0], op.specs[0].dtype)
+    if op.name in _NATIVE:
+        return op.bind_fn(*operands)[0]
+    dtype = op.specs[0].dtype
+    is_short = jnp.issubdtype(dtype, np.floating) and dtype.itemsize == 2
+    if is_short:
+        operands = [x.astype(jnp.float32) for x in operands]
+    if op.name in ("erf", "erfc"):
+        (x,) = operands
+        y = erfc(x) if op.name == "erfc" else erf(x)
+    elif op.name in ("max", "min"):
+        y = _extreme(op.name, *operands)
+    elif op.name == "add_any":
+        y = operands[0] + operands[1]
+    else:
+        y = op.bind_fn(*operands)[0]
+    return y.astype(dtype) if is_short else y
+
+
+def _converted(x: Any, dtype: Any) -> Any:
+    return x != 0 if dtype == np.bool_ else x.astype(dtype)
+
+
+def _extreme(name: str, x: Any, y: Any) -> Any:
+    """Return the larger or smaller; NaN of either, which the device would drop."""
+    best = lax.max(x, y) if name == "max" else lax.min(x, y)
+    if not jnp.issubdtype(x.dtype, np.floating):
+        return best
+    return jnp.where(x != x, x, jnp.where(y != y, y, best))
+
+
+# Source: Moshier, Cephes, ndtrf.c: erf(x) / x in x^2; erfc(x) over exp(-x^2) / x in
+# 1 / x^2, below 2 and above.
+_ERF = (7.85386135e-5, -8.01019363e-4, 5.18832769e-3, -2.68538119e-2, 1.12835851e-1)
+_ERF += (-3.76126258e-1, 1.12837917)
+_ERFC = (2.32681997e-2, -1.38703939e-1, 3.68742467e-1, -5.82473303e-1, 6.21000462e-1)
+_ERFC += (-4.94451532e-1, 3.40487994e-1, -2.74112703e-1, 5.63825943e-1)
+_ERFC_FAR = (-1.04776640e1, 1.29771996e1, -7.49551872, 2.92101902, -1.01526528)
+_ERFC_FAR += (4.21846336e-1, -2.82076744e-1, 5.64189507e-1)
+
+
+def _polynomial(coefficients: Sequence[float], x: Any) -> Any:
+    total = jnp.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        total = total * x + c
+    return total
+
+
+def _erf_near(x: Any) -> Any:
+    return x * _polynomial(_ERF, x * x)
+
+
+def _erfc_far(x: Any) -> Any:
+    """Return erfc where it is far from one, of numbers that are at least 1."""
+    square = x * x
+    inverse = 1.0 / square
+    near, far = _polynomial(_ERFC, inverse), _polynomial(_ERFC_FAR, inverse)
+    return jnp.exp(-square) / x * jnp.where(x < 2.0, near, far)
+
+
+def erfc(x: Any) -> Any:
+    far = _erfc_far(jnp.maximum(jnp.abs(x), 1.0))
+    y = jnp.where(x < 0.0, 2.0 - far, far)
+    return jnp.where(jnp.abs(x) < 1.0, 1.0 - _erf_near(x), y)
+
+
+def erf(x: Any) -> Any:
+    far = 1.0 - _erfc_far(jnp.maximum(jnp.abs(x), 1.0))
+    y = jnp.where(x < 0.0, -far, far)
+    return jnp.where(jnp.abs(x) < 1.0, _erf_near(x), y)
