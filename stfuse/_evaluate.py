@@ -57,7 +57,8 @@ def _order(env: Env, nodes: Sequence[Node], how: How) -> Sequence[Item]:
         members = tuple(m for m in node.members if m[0] in env.programs)
         if members:
             own.append(replace(node, members=members))
-    if how.probe is None and _regions.are_used(how.cost, how.lowering):
+    may_join = how.has_regions and how.probe is None
+    if may_join and _regions.are_used(how.cost, how.lowering):
         return _regions.schedule(env.programs, own)
     return own
 

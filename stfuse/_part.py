@@ -12,10 +12,11 @@ import numpy as np
 
 from stfuse import _bank
 from stfuse._bank import is_stacked
-from stfuse._evaluate import How, evaluate
+from stfuse._evaluate import evaluate
 from stfuse._layout import Buffer, Layout
 from stfuse._plan import Plan
 from stfuse._program import Trace
+from stfuse._together import How
 from stfuse._types import Cost
 from stfuse._values import Env, Held, assemble
 

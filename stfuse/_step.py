@@ -22,11 +22,12 @@ import numpy as np
 from stfuse import _align, _rules
 from stfuse._bank import is_stacked, open_shelves
 from stfuse._errors import StfuseError
-from stfuse._evaluate import How, evaluate
+from stfuse._evaluate import evaluate
 from stfuse._layout import Layout
 from stfuse._part import Part
 from stfuse._plan import Plan
 from stfuse._program import Literal, Trace, is_inexact
+from stfuse._together import How
 from stfuse._types import Cost
 from stfuse._values import Env, Held, read
 
@@ -127,7 +128,7 @@ def _differentiable(
             _pull_back(
                 part,
                 {s: each[min(v, len(each) - 1)] for s, each in traces.items()},
-                How(1, cost, lowering),  # its rows are inside
+                How(1, cost, lowering, has_regions=False),  # its rows are inside
                 (views, inputs, moving),
             )
             for v in range(max(map(len, traces.values())))

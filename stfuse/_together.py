@@ -41,14 +41,16 @@ class How:
     Attributes:
         rows: rows of a slot, mapped outside; the chooser of lowerings wants to know.
         cost: the device.
-        lowering: ``"auto"`` or ``"native"``.
+        lowering: one of `_lower.LOWERINGS`, or one of the steps' own.
         probe: for tests.
+        has_regions: whether light launches may become kernels of their own.
     """
 
     rows: int
     cost: Cost
     lowering: str = "auto"
     probe: Probe | None = None
+    has_regions: bool = True
 
 
 def run_region(env: Env, region: Region) -> None:

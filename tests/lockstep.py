@@ -19,12 +19,13 @@ import numpy as np
 import stfuse
 from stfuse import _rules, _step
 from stfuse._bank import open_shelves
-from stfuse._evaluate import How, Probe, evaluate
+from stfuse._evaluate import evaluate
 from stfuse._inputs import check_inputs
 from stfuse._part import Part
 from stfuse._program import Literal, Op
 from stfuse._rules import Merge, Stack
 from stfuse._stacked import cut
+from stfuse._together import How, Probe
 from stfuse._values import Env
 
 # Results that depend on the order of roundings, or on a library's last bit. What adds
@@ -139,7 +140,7 @@ def _checked(
         present = {s: counts[s] for s in component if s in counts}
         if present:
             part = Part(plan, layout, present)
-            views = [(x, None) for x in part.views(stacks, slots)]
+            views = [(x, None, None) for x in part.views(stacks, slots)]
             env = part.env(part.traces, views)
             part.enter(env, [jnp.asarray(inputs[i])[:, 0] for i in part.inputs])
             check = _Check(part, env, given)

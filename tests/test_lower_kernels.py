@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -109,54 +108,6 @@ def test_what_pads_a_product_meets_nothing_that_is_not_finite():
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "slots", "rows", "k", "n", "parts"),
-    [
-        ("f", 4, 128, 1152, 256, {2, 4, 8}),
-        ("f", 33, 64, 1152, 512, {2, 4, 8}),  # two waves of a tile each
-        ("f", 34, 64, 1152, 512, set()),  # tiles enough without
-        ("f", 4, 128, 510, 256, {2}),  # the parts would not be equal
-        ("f", 4, 128, 256, 256, {2}),  # a part is 128 terms long
-        ("f", 4, 128, 254, 256, set()),
-        ("f", 4, 128, 1152, 0, set()),
-        ("i4", 4, 128, 1152, 256, set()),
-        (ml_dtypes.bfloat16, 4, 128, 1152, 256, set()),
-    ],
-)
-def test_only_a_product_of_few_tiles_is_split(dtype, slots, rows, k, n, parts):
-    w, x = np.zeros((k, n), dtype), np.zeros((1, k), dtype)
-    op = op_of(lambda w, x: x @ w, w, x)
-    ways = _lower.candidates(op, BOTH, rows, slots)
-    assert {way for way in ways if way[:5] == "split"} == {f"split_{p}" for p in parts}
-
-
-@pytest.mark.parametrize(
-    "dims", [(((1,), (0,)), ((), ())), (((0,), (2,)), ((1,),) * 2)]
-)
-def test_a_product_that_is_split_is_the_product(dims):
-    rng = np.random.default_rng(0)
-    shapes = [(3, 1024), (1024, 5)] if not dims[1][0] else [(1024, 2, 3), (5, 2, 1024)]
-    x, w = (rng.normal(size=(NUM_SLOTS, *shape)).astype("f") for shape in shapes)
-    op = op_of(
-        lambda w, x: lax.dot_general(x, w, dims, precision="highest"), w[0], x[0]
-    )
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else _x64():
-        wide = (jnp.asarray(a, jnp.float64) for a in (x, w))
-        expected = lax.dot_general(*wide, _with_slots(dims))
-    for parts in (2, 4, 8):
-        actual = compute(f"split_{parts}", op, (x, w), BOTH)
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
-        rowed = jax.jit(  # as in a step: rows are mapped outside, the matrix has none
-            jax.vmap(
-                lambda x, w, p=parts: _lower.apply(f"split_{p}", op, (x, w), BOTH)[0],
-                in_axes=(1, None),
-                out_axes=1,
-            )
-        )(np.stack([x, 2 * x], 1), w)
-        np.testing.assert_allclose(rowed[:, 0], actual, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(rowed[:, 1], 2 * actual, rtol=0, atol=1e-4)
-
-
 NHWC = ("NHWC", "HWIO", "NHWC")
 NCHW = ("NCHW", "OIHW", "NCHW")
 # Images, kernel, strides, padding, dilation, layout: what a tile's edges can meet.
@@ -219,7 +170,7 @@ def test_a_kernel_is_measured_from_within_a_trace(live):
         dimension_numbers=NHWC,
     )
     kernel = _lower.Candidate(
-        lambda *_: True,
+        lambda op, rows: True,
         functools.partial(_conv_kernel.conv, is_interpreted=True),
         is_whole=True,
     )

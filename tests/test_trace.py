@@ -11,7 +11,8 @@ from jax import lax
 import stfuse
 from stfuse import _align, _trace
 from stfuse._cost import RECORDS
-from stfuse._evaluate import How, evaluate
+from stfuse._evaluate import evaluate
+from stfuse._together import How
 from stfuse._values import Env, Held, assemble
 from tests import cases, functions
 from tests.cases import BY_NAME, CASES, alone, assert_same

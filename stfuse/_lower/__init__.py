@@ -18,13 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from stfuse import _rules
-from stfuse._lower import (
-    _conv,
-    _conv_kernel,
-    _dot,
-    _indexed,
-    _measure,
-)
+from stfuse._lower import _conv, _conv_kernel, _dot, _indexed, _measure
 from stfuse._plan import Plan
 from stfuse._program import Op
 from stfuse._types import Cost
@@ -41,49 +35,32 @@ class Candidate:
     """A way to compute the ops of one family.
 
     Attributes:
-        fits: whether it can compute an op at numbers of rows and slots.
+        fits: whether it can compute an op at a number of rows.
         compute: ``(op, *operands) -> outputs`` of one job.
         is_whole: whether it computes the whole stack instead.
-        is_for_many: whether it only gives work to idle multiprocessors of a GPU; on a
-            CPU it is not worth its measurement.
     """
 
-    fits: Callable[[Op, int, int], bool]
+    fits: Callable[[Op, int], bool]
     compute: Callable[..., tuple[Any, ...]]
     is_whole: bool = False
-    is_for_many: bool = False
 
 
 _CANDIDATES: dict[str, dict[str, Candidate]] = {
     "conv_general_dilated": {
-        "patches": Candidate(lambda op, *_: _conv.is_patchable(op), _conv.patches),
+        "patches": Candidate(lambda op, rows: _conv.is_patchable(op), _conv.patches),
         "shifted": Candidate(
-            lambda op, *_: _conv.is_patchable(op) and _conv.num_taps(op) > 1,
+            lambda op, rows: _conv.is_patchable(op) and _conv.num_taps(op) > 1,
             _conv.shifted_products,
         ),
-        "kernel": Candidate(
-            lambda op, rows, _: _conv_kernel.fits(op, rows),
-            _conv_kernel.conv,
-            is_whole=True,
-        ),
+        "kernel": Candidate(_conv_kernel.fits, _conv_kernel.conv, is_whole=True),
         "scaled": Candidate(
-            lambda op, *_: _conv.is_depthwise(op), _conv.shifted_scales
+            lambda op, rows: _conv.is_depthwise(op), _conv.shifted_scales
         ),
     },
     "dot_general": {
-        "swapped": Candidate(lambda *_: True, _dot.swapped),
-        "padded": Candidate(lambda op, rows, _: _dot.is_ragged(op, rows), _dot.padded),
-        "multiply_reduce": Candidate(
-            lambda op, rows, _: _dot.has_few_rows(op, rows), _dot.multiply_reduce
-        ),
-        **{
-            f"split_{parts}": Candidate(
-                functools.partial(_dot.is_splittable, parts=parts),
-                functools.partial(_dot.split, parts=parts),
-                is_for_many=True,
-            )
-            for parts in _dot.PARTS
-        },
+        "swapped": Candidate(lambda op, rows: True, _dot.swapped),
+        "padded": Candidate(_dot.is_ragged, _dot.padded),
+        "multiply_reduce": Candidate(_dot.has_few_rows, _dot.multiply_reduce),
     },
 }
 
@@ -97,7 +74,7 @@ def candidates(
         return ("native",)
     if not is_stacked[1]:  # a shared kernel or matrix: slots are more rows of one op
         return ("native",)
-    found = [name for name, one in family.items() if one.fits(op, rows, num_slots)]
+    found = [name for name, one in family.items() if one.fits(op, rows)]
     return ("native", "unrolled", *found)
 
 
@@ -129,18 +106,11 @@ def choose(
         ways = {
             name: functools.partial(apply, name, op, is_stacked=is_stacked)
             for name in names
-            if cost.source != "cpu" or not _is_for_many(op, name)
         }
         size = (num_slots, rows)
         is_timed = mode == "auto"
         return _measure.fastest(ways, op, is_stacked, size, guess, is_timed=is_timed)
     return guess
-
-
-def _is_for_many(op: Op, name: str) -> bool:
-    """Return whether a way is only for many multiprocessors."""
-    way = _CANDIDATES[op.name].get(name)
-    return way is not None and way.is_for_many
 
 
 def _guess(op: Op, names: Sequence[str], rows: int, cost: Cost) -> str:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from stfuse._program import Op
@@ -15,11 +14,6 @@ from stfuse._program import Op
 # would mostly multiply padding.
 _FEW_ROWS = 8
 _TILE = 16  # rows and columns of the smallest tile of a matrix unit
-PARTS = (2, 4, 8)  # that a contraction may be split into
-_SMALLEST_PART = 128  # terms: below, parts are as much work to add up as to compute
-# A product without a matrix unit has tiles of 64 x 64, one multiprocessor each (H200:
-# 16 of 256x128x1152 take 38 us, 20 of them 60: one wave of 132, then two).
-_WIDE_TILE, _NUM_MULTIPROCESSORS = 64, 132
 
 
 def num_rows(op: Op, rows: int) -> int:
@@ -40,52 +34,18 @@ def is_ragged(op: Op, rows: int) -> bool:
     return all(sizes) and not is_vector and any(size % _TILE for size in sizes)
 
 
-def is_splittable(op: Op, rows: int, num_slots: int, parts: int) -> bool:
-    """Return whether a long contraction has to give work to an idle part of a device.
-
-    Half precision is left out: there XLA splits contractions itself.
-    """
-    num_rows, num_contracted, num_features = _sizes(op)
-    tiles = (
-        num_slots * -(-rows * num_rows // _WIDE_TILE) * -(-num_features // _WIDE_TILE)
-    )
-    kinds = {spec.dtype for spec in (*op.in_specs, *op.specs)}
-    return (
-        kinds == {np.dtype(np.float32)}
-        and 0 < tiles <= 2 * _NUM_MULTIPROCESSORS
-        and num_contracted % parts == 0
-        and num_contracted >= parts * _SMALLEST_PART
-    )
-
-
-def split(op: Op, lhs: Any, rhs: Any, *, parts: int) -> tuple[Any]:
-    """Compute a product as the sum of products of parts of the contracted axis.
-
-    The parts are more batch: a few small outputs are too few tiles for a device.
-    """
-    x, w = _as_matrices(op, lhs, rhs)
-    batch, num_rows, num_features = x.shape[:-2], x.shape[-2], w.shape[-1]
-    first = len(batch)
-    y = lax.dot_general(
-        x.reshape(*batch, num_rows, parts, -1),
-        w.reshape(*batch, parts, -1, num_features),
-        (
-            ((first + 2,), (first + 1,)),
-            ((*range(first), first + 1), (*range(first), first)),
-        ),
-        precision=op.params["precision"],
-        preferred_element_type=jnp.float32,
-    )
-    return (jnp.sum(y, axis=first).reshape(op.specs[0].shape),)
-
-
 def padded(op: Op, lhs: Any, rhs: Any) -> tuple[Any]:
     """Compute a product whose sides are filled with zeros up to whole tiles."""
-    x, w = _as_matrices(op, lhs, rhs)
-    first, num_rows, num_features = x.ndim - 2, x.shape[-2], w.shape[-1]
+    (on_lhs, on_rhs), (batch_lhs, batch_rhs) = op.params["dimension_numbers"]
+    free_lhs, free_rhs = _free(op)
+    num_rows, num_contracted, num_features = _sizes(op)
+    x = lax.transpose(lhs, (*batch_lhs, *free_lhs, *on_lhs))
+    w = lax.transpose(rhs, (*batch_rhs, *on_rhs, *free_rhs))
+    first = len(batch_lhs)
+    batch = x.shape[:first]
     y = lax.dot_general(
-        _filled(x),
-        _filled(w),
+        _filled(x.reshape(*batch, num_rows, num_contracted)),
+        _filled(w.reshape(*batch, num_contracted, num_features)),
         (((first + 1,), (first,)), (range(first), range(first))),
         precision=op.params["precision"],
         preferred_element_type=op.params["preferred_element_type"],
@@ -138,18 +98,6 @@ def _sizes(op: Op) -> tuple[int, int, int]:
     sides = (lhs, free_lhs), (lhs, on_lhs), (rhs, free_rhs)
     m, k, n = (math.prod(shape[i] for i in axes) for shape, axes in sides)
     return m, k, n
-
-
-def _as_matrices(op: Op, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-    """Return the operands as ``[..., M, K]`` and ``[..., K, N]``."""
-    (on_lhs, on_rhs), (batch_lhs, batch_rhs) = op.params["dimension_numbers"]
-    free_lhs, free_rhs = _free(op)
-    num_rows, num_contracted, num_features = _sizes(op)
-    x = lax.transpose(lhs, (*batch_lhs, *free_lhs, *on_lhs))
-    w = lax.transpose(rhs, (*batch_rhs, *on_rhs, *free_rhs))
-    batch = x.shape[: len(batch_lhs)]
-    x = x.reshape(*batch, num_rows, num_contracted)
-    return x, w.reshape(*batch, num_contracted, num_features)
 
 
 def _filled(x: Any) -> Any:
