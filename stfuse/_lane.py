@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
-from stfuse import _bank, _cache
+from stfuse import _bank, _cache, _regions
 from stfuse._align import align
 from stfuse._bank import Bank
 from stfuse._job import Job
@@ -276,10 +277,22 @@ def compile_bucket(
         device.name,
         _cache.config_key(),
     )
-    step_fn = make_step(lane.plan, lane.layout, cost=cost, lowering=lowering)
-    return _cache.STEPS.get(
-        signature, lambda: device.compile(step_fn, stacks, slots, inputs)
-    )
+
+    def build(mode: str) -> Callable[..., Any]:
+        step_fn = make_step(lane.plan, lane.layout, cost=cost, lowering=mode)
+        return device.compile(step_fn, stacks, slots, inputs)
+
+    def build_any() -> Callable[..., Any]:
+        try:
+            return build(lowering)
+        except Exception as error:
+            if not _regions.are_used(cost, lowering):
+                raise
+            # A kernel that a compiler refuses must not cost a job its place.
+            logging.warning("stfuse: a step is compiled without regions: %s", error)
+            return build("plain")
+
+    return _cache.STEPS.get(signature, build_any)
 
 
 def specs(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stfuse
-from stfuse import _lane, _staging
+from stfuse import _lane, _regions, _staging
 from stfuse._cost import RECORDS
 from stfuse._device import JaxDevice
 from stfuse._lane import Member
@@ -292,3 +292,24 @@ def test_unlike_species_keep_a_trunk_once_and_no_write_may_end_that():
     assert not _lane.join(lane, member(trunk_job("e", trunk + 1, 2, 9)))
     assert "e" not in lane.places
     assert _lane.join(lane, member(trunk_job("e", trunk.copy(), 2, 9)))
+
+
+def test_a_step_whose_regions_a_compiler_refuses_is_compiled_without(monkeypatch):
+    lane = build(network("a", 0, width=3), network("b", 1, width=5), cost=H200)
+    refused = []
+
+    def refuse(*_):
+        refused.append(True)
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(_regions, "are_used", lambda cost, mode: mode != "plain")
+    monkeypatch.setattr(_regions, "compute", refuse)
+    bucket = Bucket(tuple(lane.capacities), 3)  # of which no step is compiled yet
+    step = _lane.compile_bucket(lane, bucket, DEVICE, cost=H200)
+    assert refused
+    plain = _lane.compile_bucket(lane, bucket, DEVICE, cost=H200, lowering="plain")
+    slots, inputs = _lane.specs(lane, bucket)
+    ones = [np.ones(x.shape, x.dtype) for x in inputs]
+    given = lane.bank.stacks, slots, ones
+    for actual, expected in zip(step(*given), plain(*given), strict=True):
+        np.testing.assert_array_equal(actual, expected)

@@ -19,6 +19,8 @@ Rules:
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,8 +62,18 @@ def are_used(cost: Cost, mode: str) -> bool:
         cost: the device that the step is for.
         mode: how it is lowered.
     """
-    is_gpu = cost.source != "cpu" and jax.default_backend() == "gpu"
-    return is_gpu and mode not in ("native", "plain")
+    if mode in ("native", "plain") or cost.source == "cpu":
+        return False
+    return jax.default_backend() == "gpu" and _has_kernels()
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Return whether this JAX still has what the kernels are written for."""
+    try:
+        return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def compute(

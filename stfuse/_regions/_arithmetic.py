@@ -52,7 +52,7 @@ def elementwise(op: Op, operands: Sequence[Any]) -> Any:
         (x,) = operands
         y = erfc(x) if op.name == "erfc" else erf(x)
     elif op.name in ("max", "min"):
-        y = _extreme(op.name, *operands)
+        y = extreme(op.name, *operands)
     elif op.name == "add_any":
         y = operands[0] + operands[1]
     else:
@@ -64,7 +64,7 @@ def _converted(x: Any, dtype: Any) -> Any:
     return x != 0 if dtype == np.bool_ else x.astype(dtype)
 
 
-def _extreme(name: str, x: Any, y: Any) -> Any:
+def extreme(name: str, x: Any, y: Any) -> Any:
     """Return the larger or smaller; NaN of either, which the device would drop."""
     best = lax.max(x, y) if name == "max" else lax.min(x, y)
     if not jnp.issubdtype(x.dtype, np.floating):

@@ -116,7 +116,7 @@ class Groups:
             return
         beyond = {x for own in self.members[group] for x in self._waiting[own]}
         self._join(i, group)
-        if not self._is_waiting(self.of[i]):
+        if self.of[i] == self.of[place] and not self._is_waiting(self.of[i]):
             for x in sorted(beyond):
                 if self.of[x] != self.of[i]:
                     self._join_through(i, x)
