@@ -22,7 +22,7 @@ from stfuse._plan import Node, used_together
 from stfuse._program import Literal, Op
 from stfuse._regions import Item, Region, Siblings
 from stfuse._rules import Merge, Stack
-from stfuse._together import How, merge_of, run_region, run_siblings
+from stfuse._together import How, merge_of, run_together
 from stfuse._trace import scan_parts, trace_body
 from stfuse._values import Env, Held, assemble, read
 
@@ -36,12 +36,9 @@ def evaluate(env: Env, nodes: Sequence[Node], how: How) -> None:
         how: how to compute them.
     """
     for node in _order(env, nodes, how):
-        if isinstance(node, Region):
-            run_region(env, node)
-            continue
-        if isinstance(node, Siblings):
-            if not run_siblings(env, node, how):
-                evaluate(env, node.nodes, how)
+        if isinstance(node, Region | Siblings):
+            if not run_together(env, node, how):
+                evaluate(env, node.nodes, replace(how, has_regions=False))
             continue
         ops = [env.programs[s].ops[i] for s, i in node.members]
         if node.body is not None and len(ops) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stfuse import _lower, _regions, _rules
+from stfuse._lower._tiles import MAX_ADDRESS
 from stfuse._program import Op
 from stfuse._regions import Region, Siblings
 from stfuse._rules import Merge, Stack
@@ -53,8 +55,19 @@ class How:
     has_regions: bool = True
 
 
-def run_region(env: Env, region: Region) -> None:
-    """Run the launches of a region as one."""
+def run_together(env: Env, item: Region | Siblings, how: How) -> bool:
+    """Run several launches as one.
+
+    Returns:
+        Whether they were run; if not, each has to be.
+    """
+    if isinstance(item, Region):
+        return _run_region(env, item, how)
+    return _run_siblings(env, item, how)
+
+
+def _run_region(env: Env, region: Region, how: How) -> bool:
+    """Run a region, unless it is too large: a kernel's addresses have 32 bits."""
     operands = [
         place(
             env,
@@ -66,19 +79,23 @@ def run_region(env: Env, region: Region) -> None:
     outs = [region.values[i] for i in region.outputs]
     counts = [env.counts[s] for s in region.species]
     shapes = [_rules.widest(value.shapes) for value in outs]
+    sizes = [x.array.size for x in operands]
+    sizes += [sum(counts) * math.prod(shape) for shape in shapes]
+    if how.rows * max(sizes) >= MAX_ADDRESS:
+        return False
     arrays = _regions.compute(region, counts, operands, shapes)
     for value, numbers, array in zip(outs, region.numbers, arrays, strict=True):
-        sizes = np.repeat([*value.shapes], counts, axis=0).astype(int)
-        sizes = sizes.reshape(sum(counts), array.ndim - 1)
+        true = np.repeat([*value.shapes], counts, axis=0).astype(int)
+        true = true.reshape(sum(counts), array.ndim - 1)
         clean = (True,) * (array.ndim - 1)
-        env.put(region.species, numbers, Stack(array, True, sizes, clean))
+        env.put(region.species, numbers, Stack(array, True, true, clean))
+    return True
 
 
-def run_siblings(env: Env, siblings: Siblings, how: How) -> bool:
+def _run_siblings(env: Env, siblings: Siblings, how: How) -> bool:
     """Run products of one operand as one, with their weights side by side.
 
-    Returns:
-        Whether they were run: weights that are not gathered yet stay apart.
+    Weights that are not gathered yet stay apart, to be read in place.
     """
     species = [s for s, _ in siblings.nodes[0].members]
     columns = [

@@ -9,7 +9,7 @@ import pytest
 
 import stfuse
 from models import bert
-from stfuse import _regions
+from stfuse import _regions, _together
 from stfuse._bank import open_shelves
 from stfuse._evaluate import evaluate
 from stfuse._part import Part
@@ -184,3 +184,11 @@ def test_a_derivative_has_no_regions_and_is_the_derivative(computed):
         slot = cases.slot_of(fused, got, job.name)
         for actual, expected in zip(slot, jax.tree.leaves(own), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_what_a_kernel_cannot_address_runs_launch_by_launch(computed, monkeypatch):
+    monkeypatch.setattr(_together, "MAX_ADDRESS", 1)
+    jobs = jobs_of("attention")
+    fused, requests = fused_of(jobs), requests_of(jobs, [2, 1])
+    assert_alone(jobs, fused(fused.pack(), requests), requests)
+    assert not computed

@@ -55,6 +55,9 @@ __all__ = [
 ]
 
 
+_MOST_LAUNCHES = 4000  # finding regions takes longer than in proportion
+
+
 def are_used(cost: Cost, mode: str) -> bool:
     """Return whether light launches around reductions become kernels of their own.
 
@@ -107,6 +110,8 @@ def schedule(programs: Programs, nodes: Sequence[Node]) -> list[Item]:
     Returns:
         Every launch, by itself or in a region; operands before readers.
     """
+    if len(nodes) > _MOST_LAUNCHES:
+        return list(nodes)
     barred: set[int] = set()
     while True:
         groups = Groups(programs, nodes, barred)
@@ -190,8 +195,9 @@ def _ordered(
             return
         together = siblings.get(group, (group,))
         done.update(together)
-        for p in sorted(set().union(*(groups.before[g] for g in together))):
-            yield from emit(p)
+        for g in together:
+            for p in groups.before(g):
+                yield from emit(p)
         if group in found:
             yield found[group]
         elif len(together) > 1:

@@ -27,7 +27,11 @@ def _highest(dtype: Any) -> Any:
 
 
 NEUTRAL = {"reduce_max": _lowest, "reduce_min": _highest, "reduce_sum": lambda _: 0}
-REDUCE = {"reduce_max": jnp.max, "reduce_min": jnp.min, "reduce_sum": jnp.sum}
+REDUCE = {
+    "reduce_max": lambda x, axes: jnp.max(x, axis=axes),
+    "reduce_min": lambda x, axes: jnp.min(x, axis=axes),
+    "reduce_sum": lambda x, axes: jnp.sum(x, axis=axes, dtype=x.dtype),
+}
 _SAME = frozenset(["copy", "copy_p", "stop_gradient"])
 _NATIVE = frozenset(
     "and convert_element_type eq ge gt le lt ne not or select_n xor".split()

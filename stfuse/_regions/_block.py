@@ -221,7 +221,7 @@ class Here:
         axes = tuple(i for i, d in enumerate(own) if d in gone)
         if not axes:
             return x.astype(dtype)
-        y = REDUCE[name](x, axis=axes)
+        y = REDUCE[name](x, axes)
         if is_float and name != "reduce_sum":  # the device's maximum drops NaN
             is_nan = jnp.max((x != x).astype(jnp.int32), axis=axes) > 0
             y = jnp.where(is_nan, jnp.asarray(np.nan, y.dtype), y)

@@ -33,7 +33,7 @@ def label(programs: Programs, nodes: Sequence[Node], places: Sequence[int]) -> R
     Raises:
         Conflict: it cannot be one kernel.
     """
-    build = _Build(programs, nodes[places[0]].species)
+    build = _Build(tuple(nodes[i] for i in places))
     for i in places:
         build.add(ops_of(programs, nodes[i]))
     inside = set(places)
@@ -57,8 +57,8 @@ def label(programs: Programs, nodes: Sequence[Node], places: Sequence[int]) -> R
 class _Build:
     """A region on its way."""
 
-    def __init__(self, programs: Programs, species: tuple[int, ...]) -> None:
-        self.programs, self.species = programs, species
+    def __init__(self, nodes: tuple[Node, ...]) -> None:
+        self.nodes, self.species = nodes, nodes[0].species
         self.labels = Labels()
         self.inputs: list[Value] = []
         self.made: list[Value] = []
@@ -131,6 +131,7 @@ class _Build:
         used = {x for v in values for a in v.axes for x in self.labels.leaves(a)}
         region = Region(
             self.species,
+            self.nodes,
             values,
             num,
             steps,

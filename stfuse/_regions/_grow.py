@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from stfuse._lower import _tiles
 from stfuse._plan import Node
 from stfuse._program import Literal, Op, Trace
@@ -44,8 +46,10 @@ def _may_join(programs: Programs, node: Node) -> bool:
         return False
     if any(0 in s.shape for one in ops for s in (*one.in_specs, *one.specs)):
         return False
-    if op.name in ELEMENTWISE | REDUCTIONS:
-        return not (op.name == "clamp" and len({s.shape for s in op.in_specs}) > 1)
+    if op.name in REDUCTIONS:
+        return op.in_specs[0].dtype != np.bool_
+    if op.name in ELEMENTWISE:
+        return op.name != "select_n" or len(op.in_specs) == 3  # of two cases
     if op.name in SHAPES:
         return len(op.in_specs) == 1
     return op.name == PRODUCT and all(
@@ -71,41 +75,61 @@ def _is_small_product(program: Trace, op: Op) -> bool:
 
 
 class Groups:
-    """Launches that may become regions, grown in running order."""
+    """Launches that may become regions, grown in running order.
+
+    Attributes:
+        of: per launch its group, named by the place of one of its launches.
+        members: per group, the places of its launches, ascending.
+    """
 
     def __init__(
         self, programs: Programs, nodes: Sequence[Node], barred: set[int]
     ) -> None:
-        self.of: list[int] = []  # per launch its group, a launch's place
+        """Group launches; those barred stay by themselves."""
+        self.of: list[int] = []
         self.members: dict[int, list[int]] = {}
-        self.before: dict[int, set[int]] = {}  # what has to run first, all of it
-        self._species: dict[int, tuple[int, ...] | None] = {}
+        self._before: list[int] = []  # per group the groups that run first, as bits
+        self._after: list[int] = []  # and those that wait for it
+        self._species: list[tuple[int, ...] | None] = []
         self._waiting: dict[int, set[int]] = {}  # reshapes, and whose values they take
         made: dict[tuple[int, int], int] = {}
         for i, node in enumerate(nodes):
+            ops = list(zip(node.members, ops_of(programs, node), strict=True))
             reads = {
                 made[s, atom]
-                for (s, _), op in zip(node.members, ops_of(programs, node), strict=True)
+                for (s, _), op in ops
                 for atom in op.inputs
                 if not isinstance(atom, Literal) and (s, atom) in made
             }
             is_open = i not in barred and _may_join(programs, node)
-            self.of.append(i)
-            self.members[i] = [i]
-            self._species[i] = node.species if is_open else None
-            producers = {self.of[place] for place in reads}
-            self.before[i] = set().union(producers, *map(self._before, producers))
+            self._append(i, node.species if is_open else None, reads)
             if is_open and self._reads_whole(programs, node, made):
                 if name_of(programs, node) in SHAPES:
-                    self._waiting[i] = set(reads)
+                    self._waiting[i] = reads
                 for place in sorted(reads):
                     self._join_through(i, place)
-            for (s, _), op in zip(node.members, ops_of(programs, node), strict=True):
-                made.update(dict.fromkeys([(s, v) for v in op.outputs], i))
+            made.update({(s, v): i for (s, _), op in ops for v in op.outputs})
         for i, reads in self._waiting.items():
             if self._is_waiting(self.of[i]):  # its reader is in no region
                 for place in sorted(reads):
                     self._join(self.of[i], self.of[place])
+
+    def before(self, group: int) -> list[int]:
+        """Return the groups that have to run before one, ascending."""
+        return _numbers(self._before[group])
+
+    def _append(self, i: int, species: tuple[int, ...] | None, reads: set[int]) -> None:
+        """Make a launch a group of its own."""
+        self.of.append(i)
+        self.members[i] = [i]
+        self._species.append(species)
+        before = 0
+        for group in {self.of[place] for place in reads}:
+            before |= self._before[group] | 1 << group
+        self._before.append(before)
+        self._after.append(0)
+        for group in _numbers(before):
+            self._after[group] |= 1 << i
 
     def _join_through(self, i: int, place: int) -> None:
         """Join what a launch reads, and what that waited with."""
@@ -128,9 +152,6 @@ class Groups:
         """
         return all(i in self._waiting for i in self.members[group])
 
-    def _before(self, group: int) -> set[int]:
-        return self.before[group]
-
     def _reads_whole(self, programs: Any, node: Node, made: Any) -> bool:
         """Return whether each operand is one launch's output for all species."""
         for column in zip(*(op.inputs for op in ops_of(programs, node)), strict=True):
@@ -147,20 +168,27 @@ class Groups:
         a, b = self.of[place], group
         if a == b or self._species[b] != self._species[a]:
             return
-        before = self.before[a] | self.before[b]
-        if any(
-            p not in (a, b) and (a in self.before[p] or b in self.before[p])
-            for p in before
-        ):
+        own = 1 << a | 1 << b
+        before = (self._before[a] | self._before[b]) & ~own
+        after = (self._after[a] | self._after[b]) & ~own
+        if before & after:
             return
         for i in self.members.pop(a):
             self.of[i] = b
             self.members[b].append(i)
         self.members[b].sort()
-        before -= {a, b}
-        del self.before[a]
-        self.before[b] = before
-        for own in self.before.values():
-            if a in own or b in own:
-                own -= {a}
-                own |= {b} | before
+        self._before[b], self._after[b] = before, after
+        for p in _numbers(before):
+            self._after[p] = self._after[p] & ~own | after | 1 << b
+        for p in _numbers(after):
+            self._before[p] = self._before[p] & ~own | before | 1 << b
+
+
+def _numbers(bits: int) -> list[int]:
+    """Return which bits are set, ascending."""
+    found = []
+    while bits:
+        lowest = bits & -bits
+        found.append(lowest.bit_length() - 1)
+        bits ^= lowest
+    return found

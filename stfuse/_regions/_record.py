@@ -11,7 +11,7 @@ from stfuse._program import Literal, Op, Trace
 from stfuse._regions._axes import Axes, Labels
 
 ELEMENTWISE = frozenset(
-    "abs add add_any and ceil clamp convert_element_type copy copy_p cos div eq erf "
+    "abs add add_any and ceil convert_element_type copy copy_p cos div eq erf "
     "erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt "
     "max min mul ne neg not or rsqrt select_n sin sqrt square stop_gradient sub tanh "
     "xor".split()
@@ -83,6 +83,7 @@ class Region:
 
     Attributes:
         species: who takes part, ascending.
+        nodes: the launches.
         values: all values, inputs first.
         num_inputs: how many are inputs.
         steps: what to compute, in order.
@@ -94,6 +95,7 @@ class Region:
     """
 
     species: tuple[int, ...]
+    nodes: tuple[Node, ...] = field(repr=False)
     values: tuple[Value, ...]
     num_inputs: int
     steps: tuple[Step, ...]
