@@ -30,7 +30,7 @@ from stfuse._plan import Node
 from stfuse._program import Literal, Op, Trace
 from stfuse._regions import _kernel
 from stfuse._regions._axes import Conflict
-from stfuse._regions._build import label
+from stfuse._regions._build import label, readers_of
 from stfuse._regions._grow import Groups, is_anchor
 from stfuse._regions._record import (
     PRODUCT,
@@ -113,6 +113,7 @@ def schedule(programs: Programs, nodes: Sequence[Node]) -> list[Item]:
     if len(nodes) > _MOST_LAUNCHES:
         return list(nodes)
     barred: set[int] = set()
+    readers = readers_of(programs, nodes)
     while True:
         groups = Groups(programs, nodes, barred)
         found: dict[int, Region] = {}
@@ -123,7 +124,7 @@ def schedule(programs: Programs, nodes: Sequence[Node]) -> list[Item]:
             ):
                 continue
             try:
-                found[group] = label(programs, nodes, places)
+                found[group] = label(programs, nodes, places, readers)
             except Conflict:
                 is_done = False  # without its products, or not at all
                 products = {i for i in places if name_of(programs, nodes[i]) == PRODUCT}

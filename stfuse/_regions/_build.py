@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,22 @@ from stfuse._regions._record import (
 )
 from stfuse._rules._shape import factor_groups
 
+Readers = Mapping[tuple[int, int], set[int]]
 
-def label(programs: Programs, nodes: Sequence[Node], places: Sequence[int]) -> Region:
+
+def label(
+    programs: Programs,
+    nodes: Sequence[Node],
+    places: Sequence[int],
+    readers: Readers,
+) -> Region:
     """Label a region's axes.
+
+    Args:
+        programs: per species its program.
+        nodes: all launches.
+        places: which of them are in the region.
+        readers: per value the places of the launches that read it; -1 is the caller.
 
     Raises:
         Conflict: it cannot be one kernel.
@@ -37,21 +50,28 @@ def label(programs: Programs, nodes: Sequence[Node], places: Sequence[int]) -> R
     for i in places:
         build.add(ops_of(programs, nodes[i]))
     inside = set(places)
-    read = {
-        (s, atom)
-        for i, node in enumerate(nodes)
-        if i not in inside
-        for (s, _), op in zip(node.members, ops_of(programs, node), strict=True)
-        for atom in op.inputs
-        if not isinstance(atom, Literal)
-    }
-    read |= {
-        (s, atom)
-        for s in build.species
-        for atom in programs[s].outputs
-        if not isinstance(atom, Literal)
-    }
-    return build.region(read)
+    made = ((s, v) for i in places for s, v in _outputs(programs, nodes[i]))
+    return build.region({v for v in made if not readers.get(v, inside) <= inside})
+
+
+def _outputs(programs: Programs, node: Node) -> list[tuple[int, int]]:
+    ops = zip(node.members, ops_of(programs, node), strict=True)
+    return [(s, v) for (s, _), op in ops for v in op.outputs]
+
+
+def readers_of(programs: Programs, nodes: Sequence[Node]) -> Readers:
+    """Return who reads each value, as `label` takes it."""
+    found: dict[tuple[int, int], set[int]] = {}
+    for i, node in enumerate(nodes):
+        for (s, _), op in zip(node.members, ops_of(programs, node), strict=True):
+            for atom in op.inputs:
+                if not isinstance(atom, Literal):
+                    found.setdefault((s, atom), set()).add(i)
+    for s, program in programs.items():
+        for atom in program.outputs:
+            if not isinstance(atom, Literal):
+                found.setdefault((s, atom), set()).add(-1)
+    return found
 
 
 class _Build:
