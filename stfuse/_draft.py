@@ -208,6 +208,9 @@ def copied(drafts: Iterable[Draft]) -> list[Draft]:
 def wider(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """Return the elementwise maximum of two shapes."""
     # Called for every pair of launches looked at: plain comparisons, no calls.
+    if len(a) == 2:
+        (m, n), (p, q) = a, b
+        return (m if m > p else p, n if n > q else q)
     return tuple([x if x > y else y for x, y in zip(a, b)])  # noqa: B905
 
 
@@ -226,12 +229,10 @@ def work(op: Op, ins: Shapes, outs: Shapes) -> float:
 
 def num_bytes(op: Op, ins: Shapes, outs: Shapes) -> float:
     """Return what one row of a launch reads and writes."""
-    total = 0.0
-    for shape, spec in zip(ins, op.in_specs, strict=True):
-        total += math.prod(shape) * getattr(spec.dtype, "itemsize", 4)
-    for shape, spec in zip(outs, op.specs, strict=True):
-        total += math.prod(shape) * getattr(spec.dtype, "itemsize", 4)
-    return total
+    total = 0
+    for shape, size in zip((*ins, *outs), op.itemsizes, strict=True):
+        total += math.prod(shape) * size
+    return float(total)
 
 
 def launch(

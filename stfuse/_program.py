@@ -44,6 +44,7 @@ class Op:
         bind_fn: evaluates the op on operands of one job.
         key: hashable canonical form of all but the value numbers.
         primitive: what ``bind_fn`` binds.
+        itemsizes: bytes of an element of each operand, then of each output.
     """
 
     name: str
@@ -57,6 +58,12 @@ class Op:
     bind_fn: Callable[..., tuple[Any, ...]] = field(repr=False)
     key: Hashable = field(repr=False, default=None)
     primitive: Any = field(repr=False, default=None)
+    itemsizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Look up what the planner asks for at every pair of launches."""
+        sizes = [getattr(s.dtype, "itemsize", 4) for s in (*self.in_specs, *self.specs)]
+        object.__setattr__(self, "itemsizes", tuple(sizes))
 
     @property
     def is_heavy(self) -> bool:
