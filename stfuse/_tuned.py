@@ -1,7 +1,7 @@
 """A step that is measured whole, once per shape, against simpler ones.
 
 What is fastest launch by launch may lose among its neighbors; then the native step is
-used, or on a CPU each job's own program, all in one.
+used, on a GPU one without regions, or on a CPU each job's own program, all in one.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def choose(
         rows: B; the row mapping hides them from the op's own shapes.
         cost: the device.
         mode: one of `LOWERINGS`, or ``"known"``: what has been measured, without
-            measuring now, as while others are served.
+            measuring now, as while others are served; ``"plain"`` likewise.
     """
     names = candidates(op, is_stacked, rows, num_slots)
     if mode == "native" or names == ("native",):

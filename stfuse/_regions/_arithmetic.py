@@ -14,19 +14,9 @@ import numpy as np
 from jax import lax
 
 from stfuse._program import Op
+from stfuse._rules._reduce import highest, lowest
 
-
-def _lowest(dtype: Any) -> Any:
-    is_float = jnp.issubdtype(dtype, np.floating)
-    return -np.inf if is_float else np.iinfo(dtype).min
-
-
-def _highest(dtype: Any) -> Any:
-    is_float = jnp.issubdtype(dtype, np.floating)
-    return np.inf if is_float else np.iinfo(dtype).max
-
-
-NEUTRAL = {"reduce_max": _lowest, "reduce_min": _highest, "reduce_sum": lambda _: 0}
+NEUTRAL = {"reduce_max": lowest, "reduce_min": highest, "reduce_sum": lambda _: 0}
 REDUCE = {
     "reduce_max": lambda x, axes: jnp.max(x, axis=axes),
     "reduce_min": lambda x, axes: jnp.min(x, axis=axes),

@@ -14,7 +14,15 @@ from jax import lax
 from stfuse._lower import _tiles
 from stfuse._program import Literal
 from stfuse._regions._arithmetic import NEUTRAL, REDUCE, elementwise
-from stfuse._regions._record import Region, Step, Value, block, leaves
+from stfuse._regions._record import (
+    PRODUCT,
+    REDUCTIONS,
+    Region,
+    Step,
+    Value,
+    block,
+    leaves,
+)
 
 Places = dict[int, Any]  # label -> place: a number, or all of them
 
@@ -162,12 +170,12 @@ class Here:
     def compute(self, step: Step, values: Mapping[int, Any]) -> Any:
         """Evaluate one launch on a program's blocks."""
         op, out = step.ops[0], self.region.values[step.output]
-        if op.name == "dot_general":
+        if op.name == PRODUCT:
             return self._product(step, values)
         operands = [self._operand(x, values) for x in step.operands]
         if op.name in ("reshape", "squeeze"):
             return operands[0]
-        if op.name in ("reduce_max", "reduce_min", "reduce_sum"):
+        if op.name in REDUCTIONS:
             return self._reduce(step, operands[0])
         if op.name in ("broadcast_in_dim", "transpose"):
             return self._moved(step, operands[0])
