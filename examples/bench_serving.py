@@ -24,7 +24,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -68,7 +67,7 @@ _ZIPF = flags.DEFINE_float("zipf", 1.0, "Exponent over tenants; 0 makes them equ
 _MAX_BATCH_SIZE = flags.DEFINE_integer("max_batch_size", 4, "Of the engines.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _SWITCH_MS = flags.DEFINE_float(
-    "switch_ms", 5.0, "Python's switch interval: how long threads wait for each other."
+    "switch_ms", None, "The engines' switch_interval_s, in ms; their own if not given."
 )
 _SEARCH_STEPS = flags.DEFINE_integer("search_steps", 7, "LoadGen runs per policy.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all streams.")
@@ -105,6 +104,7 @@ def serve(fleet: Fleet, policy: str, max_batch_size: int) -> Iterator[stfuse.Eng
         "policy": policy,
         "max_batch_size": max_batch_size,
         "batch_sizes": sizes,
+        "switch_interval_s": _SWITCH_MS.value and _SWITCH_MS.value / 1e3,
     }
     max_slots = max(64, len(fleet.jobs))
     with fleets.serve(fleet.jobs, max_slots=max_slots, **options) as engine:
@@ -356,7 +356,6 @@ def check_flags(known: Mapping[str, Any]) -> None:
 def main(_: list[str]) -> None:
     """Measure, print, save, draw; exit with 1 if an answer is not its model's."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it looks for
-    sys.setswitchinterval(_SWITCH_MS.value / 1e3)
     dtype, is_small = workloads.choose_dtype(_DTYPE.value), _SCALE.value == "small"
     known = workloads.make_workloads(jnp.dtype(dtype).type, is_small=is_small)
     check_flags(known)

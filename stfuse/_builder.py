@@ -30,7 +30,7 @@ from stfuse._memory import DoesNotFit, Memory, bank_bytes
 from stfuse._regroup import Regroup, program
 from stfuse._residency import as_install
 from stfuse._server import Server
-from stfuse._turns import SHORT_TURNS
+from stfuse._turns import QUICK_S, TURNS
 from stfuse._types import Bucket, Policy
 
 _NUM_TIMINGS = 3
@@ -102,13 +102,13 @@ class Builder:
                 if lane is None and self._is_closed:
                     return
             if lane is not None:
-                with SHORT_TURNS:  # tracing is Python, and others are served
+                with TURNS.at_most(QUICK_S):  # tracing is Python, and others are served
                     self._update(lane)
                 continue
             moves = regroup.moves()
             if regroup.to_measure is not None:
                 (lane, bucket), regroup.to_measure = regroup.to_measure, None
-                with SHORT_TURNS:
+                with TURNS.at_most(QUICK_S):
                     self._add_bucket(lane, bucket)
                 moves = regroup.moves()
             self._stale.update(moves[1:])  # what the first one is moved out of

@@ -29,6 +29,11 @@ class JaxDevice:
         return f"{self._device.platform}:{self._device.id}"
 
     @property
+    def is_accelerator(self) -> bool:
+        """Whether it computes beside the host, rather than being it."""
+        return self._device.platform != "cpu"
+
+    @property
     def memory_limit_bytes(self) -> int | None:
         """How much memory it has for JAX; None where it does not say, as a CPU."""
         return (self._device.memory_stats() or {}).get("bytes_limit")
@@ -75,7 +80,7 @@ class JaxDevice:
             inputs: host buffers, not to be written to before `read` returns.
         """
         outputs = compiled(bank, slots, inputs)
-        if self._device.platform != "cpu":
+        if self.is_accelerator:
             for array in outputs:
                 if array is not None:
                     array.copy_to_host_async()

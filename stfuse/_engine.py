@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import logging
 
-from stfuse import _cache, _supervise
+from stfuse import _cache, _options, _supervise
 from stfuse._admission import Bounds
 from stfuse._builder import Builder
 from stfuse._device import JaxDevice
@@ -37,11 +37,11 @@ from stfuse._inputs import check_seconds
 from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._metrics import Snapshot
-from stfuse._options import check_delay, check_sizes, policy_of, rows_of
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
 from stfuse._swap import own, write_weights
 from stfuse._trace import trace
+from stfuse._turns import TURNS
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
@@ -65,6 +65,9 @@ class Engine:
         max_total_bytes: most bytes of inputs that all jobs together may have waiting.
         max_device_bytes: most device memory to use; None for all there is. Tenants
             beyond it live on the host while they have no requests.
+        switch_interval_s: until `close`, the longest turn of a busy thread of this
+            process (`sys.setswitchinterval`): the device waits for it several times a
+            step. None: 0.1 ms on an accelerator, elsewhere what it is.
         device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
             for JAX's default device.
         clock: returns seconds and never goes back.
@@ -95,14 +98,15 @@ class Engine:
         max_total_rows: int | None = None,
         max_total_bytes: int | None = 1 << 30,
         max_device_bytes: int | None = None,
+        switch_interval_s: float | None = None,
         device: Any = None,
         clock: Clock = time.monotonic,
     ) -> None:
         """Start its threads."""
-        check_sizes(max_batch_size=max_batch_size, max_slots=max_slots)
-        check_delay(max_queue_delay_s)
+        _options.check_sizes(max_batch_size=max_batch_size, max_slots=max_slots)
+        _options.check_delay(max_queue_delay_s)
         self._max_batch_size = max_batch_size
-        chosen = policy_of(policy)
+        chosen = _options.policy_of(policy)
         scheduler = Scheduler(
             chosen,
             max_batch_size=max_batch_size,
@@ -115,18 +119,18 @@ class Engine:
                 max_total_bytes,
             ),
         )
-        is_own = hasattr(device, "launch")
-        on: Device = device if is_own else JaxDevice(device)
+        on: Device = device if hasattr(device, "launch") else JaxDevice(device)
         self._server = Server(scheduler, on, clock)
         self._builder = Builder(
             self._server,
             chosen,
-            rows=rows_of(batch_sizes, max_batch_size),
+            rows=_options.rows_of(batch_sizes, max_batch_size),
             max_slots=max_slots,
             max_device_bytes=max_device_bytes,
         )
         self._compiles_before = _cache.STEPS.num_compiles
-        self._threads = _started(self._server, self._builder)
+        turns = TURNS.at_most(_options.switch_interval_of(switch_interval_s, on))
+        self._threads = _started(turns(self._server.serve), self._server, self._builder)
 
     def add(self, job: Job) -> Future[None]:
         """Take a job's requests from now on.
@@ -381,13 +385,13 @@ def _log_ready(name: str, ready: Future[None]) -> None:
         logging.info("stfuse: job '%s' ready", name)
 
 
-def _started(server: Server, builder: Builder) -> list[threading.Thread]:
+def _started(serve: Any, server: Server, builder: Builder) -> list[threading.Thread]:
     """Start an engine's threads: one builds, one serves, one runs callbacks."""
     threads = [
         threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
         for what, run in (
             ("build", lambda: _supervise.build(server, builder)),
-            ("serve", server.serve),
+            ("serve", serve),
             ("callbacks", server.books.callbacks.run),
         )
     ]

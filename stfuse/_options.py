@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stfuse._turns import QUICK_S
 from stfuse._types import Policy
 
 
@@ -50,6 +51,24 @@ def check_delay(max_queue_delay_s: float) -> None:
             f"`stfuse.Engine`: max_queue_delay_s is {max_queue_delay_s!r}; pass "
             f"seconds >= 0."
         )
+
+
+def switch_interval_of(asked_s: float | None, device: Any) -> float | None:
+    """Return how long threads' turns may be while a device serves; None: as they are.
+
+    On a CPU the step itself needs the cores that more switches would take.
+
+    Raises:
+        ValueError: what was asked for is no time above zero.
+    """
+    if asked_s is None:
+        return QUICK_S if getattr(device, "is_accelerator", False) else None
+    if not asked_s > 0:
+        raise ValueError(
+            f"`stfuse.Engine`: switch_interval_s is {asked_s!r}; pass seconds > 0, or "
+            f"None."
+        )
+    return asked_s
 
 
 def policy_of(name: str) -> Policy:

@@ -1,10 +1,12 @@
-"""Turns of threads are short while a lane is built, and then as they were."""
+"""How long threads' turns are while an engine serves or builds, and after."""
 
 import sys
 
 import pytest
 
-from stfuse._turns import Turns
+from stfuse import Engine
+from stfuse._options import switch_interval_of
+from stfuse._turns import QUICK_S, Turns
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import serve, wait_for
 
@@ -17,22 +19,43 @@ def interval():
     sys.setswitchinterval(before_s)
 
 
+def now_s():
+    return pytest.approx(sys.getswitchinterval())
+
+
 def test_the_last_one_out_brings_the_interval_back(interval):
     turns = Turns()
-    with turns:
-        assert sys.getswitchinterval() < interval
-        with pytest.raises(ValueError), turns:
+    with turns.at_most(1e-3):
+        assert now_s() == 1e-3
+        with pytest.raises(ValueError), turns.at_most(1e-4):
+            assert now_s() == 1e-4
             raise ValueError
-        assert sys.getswitchinterval() < interval
-    assert sys.getswitchinterval() == interval
+        assert now_s() == 1e-3
+    assert now_s() == interval
+
+
+def test_the_shortest_counts_in_whatever_order_they_end(interval):
+    turns = Turns()
+    first, second = turns.at_most(1e-4), turns.at_most(1e-3)
+    first.__enter__(), second.__enter__()
+    assert now_s() == 1e-4
+    first.__exit__(None, None, None)
+    assert now_s() == 1e-3
+    second.__exit__(None, None, None)
+    assert now_s() == interval
 
 
 def test_an_interval_that_is_short_or_set_meanwhile_stays():
     sys.setswitchinterval(2e-5)
-    with Turns():
-        assert sys.getswitchinterval() == pytest.approx(2e-5)
+    with Turns().at_most(1e-4):
+        assert now_s() == 2e-5
         sys.setswitchinterval(0.02)
-    assert sys.getswitchinterval() == pytest.approx(0.02)
+    assert now_s() == 0.02
+
+
+def test_no_interval_changes_nothing(interval):
+    with Turns().at_most(None):
+        assert now_s() == interval
 
 
 def test_turns_are_short_while_a_lane_is_compiled_and_only_then(interval):
@@ -47,3 +70,41 @@ def test_turns_are_short_while_a_lane_is_compiled_and_only_then(interval):
         # The canary's step comes first, before there is anybody to serve.
         assert len(seen_s) > 1 and max(seen_s[1:]) < interval
         wait_for(lambda: sys.getswitchinterval() == interval)
+
+
+class Accelerator(FakeDevice):
+    """One that says it is one, as a GPU does."""
+
+    is_accelerator = True
+
+
+@pytest.mark.parametrize(
+    ("device", "asked_s", "serving_s"),
+    [
+        (FakeDevice, None, None),
+        (Accelerator, None, QUICK_S),
+        (FakeDevice, 2e-3, 2e-3),
+        (Accelerator, 2e-3, 2e-3),
+    ],
+)
+def test_turns_while_an_engine_serves_and_after(device, asked_s, serving_s, interval):
+    expected_s = serving_s or interval
+    job, options = affine_job("a", width=7), {"switch_interval_s": asked_s}
+    with serve(job, device=device(), max_batch_size=2, **options):
+        wait_for(lambda: now_s() == expected_s)
+    assert now_s() == interval
+
+
+def test_two_engines_share_the_shorter_interval(interval):
+    with Engine(device=FakeDevice(), switch_interval_s=2e-3):
+        wait_for(lambda: now_s() == 2e-3)
+        with Engine(device=FakeDevice(), switch_interval_s=1e-3):
+            wait_for(lambda: now_s() == 1e-3)
+        assert now_s() == 2e-3
+    assert now_s() == interval
+
+
+@pytest.mark.parametrize("wrong", [0, -1e-3, float("nan")])
+def test_an_interval_must_be_a_time(wrong):
+    with pytest.raises(ValueError, match="switch_interval_s is .*pass seconds > 0"):
+        switch_interval_of(wrong, FakeDevice())
