@@ -69,6 +69,9 @@ _ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _SWITCH_MS = flags.DEFINE_float(
     "switch_ms", None, "The engines' switch_interval_s, in ms; their own if not given."
 )
+_STRICT_SHARES = flags.DEFINE_bool(
+    "strict_shares", False, "Whether a tenant beyond its share only fills steps."
+)
 _SEARCH_STEPS = flags.DEFINE_integer("search_steps", 7, "LoadGen runs per policy.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all streams.")
 _SAVE = flags.DEFINE_string("save", None, "Where to write raw numbers, as JSON.")
@@ -104,6 +107,7 @@ def serve(fleet: Fleet, policy: str, max_batch_size: int) -> Iterator[stfuse.Eng
         "policy": policy,
         "max_batch_size": max_batch_size,
         "batch_sizes": sizes,
+        "strict_shares": _STRICT_SHARES.value,
         "switch_interval_s": _SWITCH_MS.value and _SWITCH_MS.value / 1e3,
     }
     max_slots = max(64, len(fleet.jobs))

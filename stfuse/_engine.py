@@ -63,6 +63,9 @@ class Engine:
         max_queue_bytes: most bytes of inputs that one job may have waiting; or None.
         max_total_rows: most rows that all jobs together may have waiting; or None.
         max_total_bytes: most bytes of inputs that all jobs together may have waiting.
+        strict_shares: whether what a job asks for beyond its share, its weight over
+            that of all that wait, gets only what the others' steps leave free: a flood
+            makes nobody's steps longer, and waits where larger ones would serve it.
         max_device_bytes: most device memory to use; None for all there is. Tenants
             beyond it live on the host while they have no requests.
         switch_interval_s: until `close`, the longest turn of a busy thread of this
@@ -97,6 +100,7 @@ class Engine:
         max_queue_bytes: int | None = None,
         max_total_rows: int | None = None,
         max_total_bytes: int | None = 1 << 30,
+        strict_shares: bool = False,
         max_device_bytes: int | None = None,
         switch_interval_s: float | None = None,
         device: Any = None,
@@ -107,17 +111,13 @@ class Engine:
         _options.check_delay(max_queue_delay_s)
         self._max_batch_size = max_batch_size
         chosen = _options.policy_of(policy)
+        own_most = (max_queue_size, max_queue_rows, max_queue_bytes)
         scheduler = Scheduler(
             chosen,
             max_batch_size=max_batch_size,
             max_queue_delay_s=max_queue_delay_s,
-            bounds=Bounds(
-                max_queue_size,
-                max_queue_rows,
-                max_queue_bytes,
-                max_total_rows,
-                max_total_bytes,
-            ),
+            bounds=Bounds(*own_most, max_total_rows, max_total_bytes),
+            strict_shares=strict_shares,
         )
         on: Device = device if hasattr(device, "launch") else JaxDevice(device)
         self._server = Server(scheduler, on, clock)

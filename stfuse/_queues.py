@@ -174,7 +174,7 @@ class Queues:
         level_s = self._virtual_s + _LEVEL * self._step_s
         if self._is_round_robin:
             key, heap = (tenant.turn, request), self._patient
-        elif deadline_s == math.inf or self._is_ahead(tenant):
+        elif deadline_s == math.inf or self.is_ahead(tenant):
             # Who is level with others comes as it came: by service, whoever asks for a
             # little more than most would be last until all had their turn.
             key, heap = (max(tenant.service_s, level_s), request), self._patient
@@ -185,7 +185,7 @@ class Queues:
             heap[:] = [e for e in heap if e[2].stamp == e[1] and not e[2].is_parked]
             heapq.heapify(heap)
 
-    def _is_ahead(self, tenant: Tenant) -> bool:
+    def is_ahead(self, tenant: Tenant) -> bool:
         """Return whether a tenant had more than its share: a step more than others.
 
         Its deadlines do not put it before those who had less.

@@ -15,7 +15,8 @@ Rules:
     most who were served last: idling earns no credit.
     A step takes the ready bucket that serves most rows per predicted second among those
     that serve the first tenant in order. So work is fused where the measured times say
-    that it pays, and nowhere else.
+    that it pays, and nowhere else. Where shares are strict, rows of tenants that are
+    more than a step ahead of the others fill its slots and do not count.
     While a step leaves work waiting, throughput decides alone, and requests are dropped
     that a step as long as the last ones would answer after their deadline: they would
     only make the next ones late. Else a bucket that answers the first request in time
@@ -61,6 +62,8 @@ class Scheduler:
         max_queue_delay_s: how long a request may wait for company while the device is
             idle and its deadline allows.
         bounds: all that may wait; None for ``max_queue_size`` alone.
+        strict_shares: whether tenants that are beyond their share have no say in which
+            bucket runs.
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class Scheduler:
         max_queue_size: int = 1024,
         max_queue_delay_s: float = 0.0,
         bounds: Bounds | None = None,
+        strict_shares: bool = False,
     ) -> None:
         """Start with no tenants."""
         self._policy = policy
         self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
+        self._has_strict_shares = strict_shares
         self._admission = Admission(policy, bounds or Bounds(max_queue_size))
         self._queues = Queues(policy, self._emptied)
         self._tenants: dict[str, Tenant] = {}
@@ -308,6 +313,7 @@ class Scheduler:
         head_s, _, least, *_ = first.queue[0]
         alike = Counter([t.species for t in mates])  # who compete for the same slots
         limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
+        ahead = self._ahead(mates)  # who only fill what the others leave free
         cut: list[list[Chunk]] = []
         is_whole = False  # every queue fits in one slot: more rows would change nothing
         has_several = False  # slots for some tenant: what an open step is for
@@ -321,7 +327,7 @@ class Scheduler:
                 if not is_whole:
                     cut = [self._chunks(t, max_rows, limits[t.species]) for t in mates]
                     is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
-                    most = sum([c.rows for own in cut for c in own])
+                    most = sum([_rows(own, ahead) for own in cut])
                     has_several = max(map(len, cut)) > 1
             if bucket.is_open and not has_several:
                 continue
@@ -335,11 +341,18 @@ class Scheduler:
             if (is_in_time, rate) <= best_score:
                 break  # nor can any that follows
             chunks = fill(lane, bucket, own)
-            score = (is_in_time, sum([c.rows for c in chunks]) / step_s)
+            score = (is_in_time, _rows(chunks, ahead) / step_s)
             serves_first = chunks and chunks[0].tenant == first.name
             if serves_first and score > best_score:
                 best, best_score = (bucket, chunks), score
         return best
+
+    def _ahead(self, mates: Sequence[Tenant]) -> set[str]:
+        """Return whose rows do not count, where shares are strict: not all of them."""
+        if not self._has_strict_shares:
+            return set()
+        found = {tenant.name for tenant in mates if self._queues.is_ahead(tenant)}
+        return found if len(found) < len(mates) else set()
 
     def _hold_until_s(
         self, mates: Sequence[Tenant], p99_s: float, now_s: float
@@ -368,6 +381,11 @@ class Scheduler:
             self._queues.drop(tenant, chunk.requests)
         self._is_contended = len(self._queues) > 0
         self._admission.pace.start(now_s, step_s, lane.slots, lane.rows, lane.is_dense)
+
+
+def _rows(chunks: Sequence[Chunk], but: set[str]) -> int:
+    """Return the rows of chunks, without those of some tenants."""
+    return sum([c.rows for c in chunks if c.tenant not in but])
 
 
 def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:

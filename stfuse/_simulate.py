@@ -122,6 +122,7 @@ def simulate(
     weights: Sequence[float] | None = None,
     max_queue_size: int = 1024,
     max_queue_delay_s: float = 0.0,
+    strict_shares: bool = False,
     noise: float = 0.0,
     seed: int = 0,
 ) -> Simulation:
@@ -140,6 +141,7 @@ def simulate(
         weights: of each tenant's share; None for equal ones.
         max_queue_size: most requests that one tenant may have waiting.
         max_queue_delay_s: as of `stfuse.Engine`.
+        strict_shares: as of `stfuse.Engine`.
         noise: standard deviation of the logarithm of a step's time.
         seed: of the noise.
 
@@ -167,6 +169,7 @@ def simulate(
         max_batch_size=rows,
         max_queue_delay_s=max_queue_delay_s,
         bounds=bounds,
+        strict_shares=strict_shares,
     )
     _open_lanes(scheduler, chosen, run.weights, cost_table)
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ from stfuse._admission import Bounds
 from stfuse._errors import DeadlineError, QueueFullError
 from stfuse._scheduler import Scheduler
 from stfuse._types import Bucket, Cancel, Install, Join, Policy, Ready, Submit
-from stfuse.testing import Arrivals, poisson, simulate
+from stfuse.testing import Arrivals, poisson, simulate, zipf_shares
 
 SLOTS = (1, 2, 4, 8, 16, 32, 64)
 # A launch, then a little per slot and less per further row, as on a GPU.
@@ -27,11 +27,22 @@ def merged(*traces):
     return Arrivals(due_s[order], tenants[order])
 
 
-def beside(own_shares, seed, seconds=0.5):
+# As an H200 with its host, 64 MiniLMs, 32 rows a slot: a step twice as full takes much
+# longer, so that a flood which fills the steps makes them longer for all.
+UNEVEN = dict(
+    zip(
+        [(k, 1) for k in SLOTS],
+        [2.1e-3, 2.2e-3, 2.25e-3, 2.3e-3, 3.1e-3, 5.2e-3, 7.3e-3],
+        strict=True,
+    )
+)
+
+
+def beside(own_shares, seed, seconds=0.5, share=SHARE):
     """Return others at half their share, and tenant 0 at some shares of its own."""
-    rate = 0.5 * SHARE * (NUM_TENANTS - 1)
+    rate = 0.5 * share * (NUM_TENANTS - 1)
     others = poisson(rate, int(rate * seconds), NUM_TENANTS - 1, seed=seed)
-    own_rate = own_shares * SHARE
+    own_rate = own_shares * share
     own = poisson(own_rate, int(own_rate * seconds), 1, seed=seed + 1)
     return merged(Arrivals(others.due_s, others.tenants + 1), own)
 
@@ -52,6 +63,42 @@ def test_failure_06_a_flood_costs_the_others_nothing(seed, deadline_s):
         assert not lost.any()
         p99_s[case] = run.quantile_s(0.99, others)
     assert p99_s["abusive"] <= 1.10 * p99_s["peaceful"]
+
+
+@pytest.mark.parametrize("deadline_s", [None, 0.06])
+def test_failure_06_where_shares_are_strict_a_flood_makes_no_step_longer(
+    seed, deadline_s
+):
+    others, share, seconds = range(1, NUM_TENANTS), 1 / UNEVEN[64, 1], 10.0
+    p99_s, served = {}, {}
+    for case, shares in (("peaceful", 0.5), ("abusive", 10.0)):
+        run = simulate(
+            beside(shares, seed, seconds, share),
+            UNEVEN,
+            deadline_s=deadline_s,
+            num_tenants=NUM_TENANTS,
+            max_queue_size=64,
+            strict_shares=True,
+        )
+        assert not (np.isinf(run.latency_s) & (run.tenants > 0)).any()
+        p99_s[case] = run.quantile_s(0.99, others)
+        served[case] = (np.isfinite(run.latency_s) & (run.tenants == 0)).sum()
+    assert p99_s["abusive"] <= 1.10 * p99_s["peaceful"]
+    assert served["abusive"] >= share * seconds  # the flood has its share, or more
+
+
+def test_failure_06_strict_shares_serve_who_asks_for_what_its_weight_says(seed):
+    rate, weights = 0.7 * 64 / UNEVEN[64, 1], zipf_shares(NUM_TENANTS).tolist()
+    arrivals = poisson(rate, int(3 * rate), NUM_TENANTS, seed=seed, exponent=1.0)
+    run = simulate(
+        arrivals,
+        UNEVEN,
+        num_tenants=NUM_TENANTS,
+        weights=weights,
+        strict_shares=True,
+    )
+    assert np.isfinite(run.latency_s).all()
+    assert run.quantile_s(0.99) <= 6 * UNEVEN[64, 1]  # some two seconds unweighted
 
 
 @pytest.mark.parametrize(

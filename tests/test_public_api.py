@@ -26,7 +26,7 @@ CONTRACT = {
     "Fused.split": "self stacked",
     "Engine": "policy max_batch_size batch_sizes max_slots max_queue_delay_s "
     "max_queue_size max_queue_rows max_queue_bytes max_total_rows max_total_bytes "
-    "max_device_bytes device clock",
+    "strict_shares max_device_bytes switch_interval_s device clock",
     "Engine.add": "self job",
     "Engine.remove": "self name",
     "Engine.swap": "self name params",

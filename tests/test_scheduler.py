@@ -232,6 +232,30 @@ def test_a_flood_does_not_run_before_whoever_came_after_it():
     assert [*first, served(scheduler.decide(0.0))[0][0]] == ["a", "a", "a", "b"]
 
 
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_who_is_beyond_a_strict_share_fills_slots_but_chooses_no_bucket(is_strict):
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=is_strict)
+    for name in "abc":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (8,), dict.fromkeys("abc", (0,))))
+    for slots, step_s in ((1, 1.0), (2, 1.2), (4, 1.5)):
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_s))
+    for request in range(20):
+        submit(scheduler, request, "a")
+    assert len(served(scheduler.decide(0.0))) == 4  # alone it has all there is
+    scheduler._tenants["a"].service_s = 100.0
+    submit(scheduler, 20, "b")
+    # For one row a step of one slot is best, for four one of four.
+    expected = [("b", (20,))] + ([] if is_strict else [("a", (i,)) for i in (4, 5, 6)])
+    assert served(scheduler.decide(0.0)) == expected
+    for request, name in enumerate("bc", 21):
+        submit(scheduler, request, name)
+    scheduler.handle(Ready("all", Bucket((2,), 1), 9.0))  # so two are best in four
+    first, second, *rest = served(scheduler.decide(0.0))
+    assert {first, second} == {("b", (21,)), ("c", (22,))}
+    assert [who for who, _ in rest] == ["a", "a"]  # what is left free
+
+
 def test_a_backlog_is_as_many_tenants_as_the_last_step_had_slots_in_use():
     scheduler = one_lane(rows=1)
     scheduler.handle(Ready("all", Bucket((4,), 1, is_open=True), 0.011))

@@ -50,15 +50,18 @@ SLOWEST_S = 0.02  # of any step, as predicted
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        policy=st.sampled_from(Policy), delay_s=st.sampled_from([0.0, 0.0, 0.05])
+        policy=st.sampled_from(Policy),
+        delay_s=st.sampled_from([0.0, 0.0, 0.05]),
+        is_strict=st.booleans(),
     )
-    def start(self, policy, delay_s):
+    def start(self, policy, delay_s, is_strict):
         self.policy, self.now_s, self.next = policy, 0.0, 0
         self.scheduler = Scheduler(
             policy,
             max_batch_size=MOST_ROWS,
             max_queue_delay_s=delay_s,
             bounds=BOUNDS,
+            strict_shares=is_strict,
         )
         self.delay_s = delay_s
         self.waiting = {}  # request: (tenant, rows, deadline, length, bytes)
