@@ -28,6 +28,7 @@ from stfuse._device import JaxDevice
 from stfuse._errors import (
     ClosedError,
     DeadlineError,
+    DeviceError,
     JobError,
     RequestError,
 )
@@ -35,13 +36,11 @@ from stfuse._flight import Tenant
 from stfuse._health import Health
 from stfuse._inputs import check_seconds
 from stfuse._job import Job
-from stfuse._lane import Member
 from stfuse._metrics import Snapshot
 from stfuse._options import check_delay, check_sizes, policy_of, rows_of
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
-from stfuse._swap import own, write_weights
-from stfuse._trace import trace
+from stfuse._swap import prepared, write_weights
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
@@ -151,9 +150,13 @@ class Engine:
             raise JobError(
                 f"`stfuse.Engine.add`: found a {found}; pass a `stfuse.Job`."
             )
-        traces = tuple(map(trace, job.programs))
-        member = Member(job, traces, own(job.flatten_params(job.params)))
         lane = self._builder.lane_of(job.name)
+        try:
+            member = prepared("add", job, job.params, self._server.device)
+        except DeviceError as error:
+            refused: Future[None] = Future()
+            refused.set_exception(error)
+            return refused
         tenant = Tenant(job, member, lane)
         with self._server.lock:
             if self._server.is_closed:
@@ -203,11 +206,12 @@ class Engine:
 
         Raises:
             JobError: no such job, or params unlike the job's; the old ones stay.
-            DeviceError: the weights could not be written, or the new step, needed when
-                a shared leaf stops being equal, not be built; the old weights stay.
+            DeviceError: the weights could not be prepared or written, or the new step,
+                needed when a shared leaf stops being equal, not be built; the old
+                weights stay.
         """
         tenant = self._tenant("swap", name, JobError)
-        leaves = own(tenant.job.flatten_params(params))
+        leaves = prepared("swap", tenant.job, params, self._server.device).params
         write = functools.partial(
             write_weights, self._server, self._builder, tenant, leaves
         )
