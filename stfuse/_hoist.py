@@ -124,29 +124,19 @@ class Hoist:
         Returns:
             The programs with the closed-over arrays that they read now, and the leaves.
         """
-        done: dict[tuple[Chain, int], Any] = {}  # a number cannot be remembered weakly
-
-        def prepared(chain: Chain | None, leaf: Any) -> Any:
-            if chain is None:
-                return leaf
-            key = chain, id(leaf)
-            if key not in done:
-                done[key] = _remembered(chain, leaf, put)
-            return done[key]
-
         traces = []
         for trace, chains in zip(self.traces, self.chains, strict=True):
             first = trace.num_params - len(trace.consts)
-            consts = [
-                prepared(chains.get(first + i), c) for i, c in enumerate(trace.consts)
-            ]
-            if all(chain < first for chain in chains):
-                traces.append(trace)
-            else:
-                traces.append(replace(trace, consts=tuple(consts)))
-        own = [prepared(self.chains[0].get(i), x) for i, x in enumerate(leaves)]
-        jax.block_until_ready(list(done.values()))  # what fails, fails here
-        return tuple(traces), tuple(own)
+            if any(leaf >= first for leaf in chains):
+                consts = enumerate(trace.consts, first)
+                made = tuple(_prepared(chains.get(i), c, put) for i, c in consts)
+                trace = replace(trace, consts=made)
+            traces.append(trace)
+        chains = self.chains[0]
+        own = tuple(_prepared(chains.get(i), x, put) for i, x in enumerate(leaves))
+        # What fails, fails here.
+        jax.block_until_ready((own, [trace.consts for trace in traces]))
+        return tuple(traces), own
 
 
 def hoist(traces: Sequence[Trace]) -> Hoist:
@@ -310,8 +300,10 @@ _REMEMBERED: dict[tuple[Chain, int], _Refs] = {}
 _NOTHING: _Refs = (lambda: None, lambda: None)
 
 
-def _remembered(chain: Chain, leaf: Any, put: Callable[[Any], Any]) -> Any:
+def _prepared(chain: Chain | None, leaf: Any, put: Callable[[Any], Any]) -> Any:
     """Return the end of a leaf's chain, the same array if somebody still has it."""
+    if chain is None:
+        return leaf
     key = chain, id(leaf)
     source, result = (ref() for ref in _REMEMBERED.get(key, _NOTHING))
     if source is leaf and result is not None:

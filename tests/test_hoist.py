@@ -1,5 +1,7 @@
 """What is made of a parameter alone is made once, and nobody sees a difference."""
 
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,7 @@ TABLE = {
         ["transpose convert_element_type"],
     ),
     "scaled": (lambda p, x: x @ (0.5 * jnp.exp(-p) + 1), W, ["neg exp mul add"]),
+    "scaled in two ways": (lambda p, x: x @ (p * 2) + (p * 3)[0], W, [""]),
     "squared": (lambda p, x: x @ (p * p), W, ["mul"]),
     "a part of it": (lambda p, x: x + half(p)[1], W, ["convert_element_type"]),
     "two of them": (lambda p, x: x @ (p[0] * p[1]), [W, W], ["", ""]),
@@ -173,6 +176,18 @@ def test_a_hoisted_program_gives_what_the_program_gives(name):
         cases.assert_same(np.asarray(actual), np.asarray(expected), case)
 
 
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_every_kind_of_job_gives_the_same_hoisted(case):
+    job, x = cases.job(case, 0), case.inputs(3, 1)
+    (traced,), own = prepare(hoisted(job), jax.tree.leaves(job.params))
+    row = jax.tree.leaves(jax.tree.map(lambda v: v[0], x) if case.batched else x)
+    outs = jax.jit(functools.partial(evaluate, traced))(own, row)
+    answer = jax.tree.unflatten(jax.tree.structure(job.outputs), outs)
+    if case.batched:
+        answer = jax.tree.map(lambda y: y[None], answer)
+    cases.assert_same(answer, cases.alone(job, x), case)
+
+
 def test_what_a_program_returns_as_it_is_stays():
     def run(p, x):
         return x @ half(p[0]), p[0], x @ half(p[1]), half(p[1])
@@ -230,8 +245,13 @@ def test_one_array_stays_one_array_for_as_long_as_somebody_has_it():
     assert prepare(other, [w])[1][0] is not own
     known = [key for key in _hoist._REMEMBERED if key[1] == id(w)]
     assert len(known) == 1, "the other one is nobody's any more"
+    place = known[0]
     del own
-    assert not [key for key in _hoist._REMEMBERED if key[1] == id(w)]
+    assert place not in _hoist._REMEMBERED
+    _, (own,) = prepare(found, [w])
+    assert place in _hoist._REMEMBERED
+    del w
+    assert place not in _hoist._REMEMBERED, "its number may be another's soon"
 
 
 def test_leaves_that_are_one_array_are_one_still():
@@ -329,12 +349,7 @@ def test_random_programs_give_the_same_hoisted(models):
     )
     found = hoisted(job)
     (traced,), own = prepare(found, weights)
-    both = jax.jit(
-        lambda w, v, x: (
-            evaluate(trace(job), w, x),
-            evaluate(traced, v, x),
-        )
-    )
+    both = jax.jit(lambda w, v, x: (evaluate(trace(job), w, x), evaluate(traced, v, x)))
     expected, actual = both(weights, own, inputs)
     case = programs.case_of(program)
     for a, e in zip(actual, expected, strict=True):
