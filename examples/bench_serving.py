@@ -69,9 +69,7 @@ _ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _SWITCH_MS = flags.DEFINE_float(
     "switch_ms", None, "The engines' switch_interval_s, in ms; their own if not given."
 )
-_STRICT_SHARES = flags.DEFINE_bool(
-    "strict_shares", False, "Whether a tenant beyond its share only fills steps."
-)
+_STRICT_SHARES = flags.DEFINE_bool("strict_shares", False, "Of the engines.")
 _SEARCH_STEPS = flags.DEFINE_integer("search_steps", 7, "LoadGen runs per policy.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all streams.")
 _SAVE = flags.DEFINE_string("save", None, "Where to write raw numbers, as JSON.")
@@ -151,13 +149,9 @@ def sweep(engine: stfuse.Engine, fleet: Fleet, options: goals.Options) -> dict:
     )
     loads = {}
     for text in _LOADS.value:
+        offered, seed, cv = float(text) * rate, options.seed, _CV.value
         stream = streams.make_stream(
-            float(text) * rate,
-            options.seconds,
-            shares,
-            num_inputs,
-            options.seed,
-            _CV.value,
+            offered, options.seconds, shares, num_inputs, seed, cv
         )
         before = engine.stats()
         run = load.replay(

@@ -328,8 +328,11 @@ class Builder:
             self._add_bucket(lane, bucket)
         with server.lock:
             here = [t for t in server.tenants.values() if t.lane == lane.name]
-            done = [t.ready for t in here if t.is_placed and t.home is None]
-        resolve_all(done)
+            there = [t for t in here if t.is_placed and t.home is None]
+            done = [t for t in there if not t.ready.done()]
+        for tenant in done:
+            logging.info("stfuse: job '%s' ready", tenant.job.name)
+        resolve_all([tenant.ready for tenant in done])
 
     def _add_bucket(self, lane: Lane, bucket: Bucket) -> None:
         """Compile one more bucket of a serving lane, which can do without it."""

@@ -28,6 +28,7 @@ from stfuse._device import JaxDevice
 from stfuse._errors import (
     ClosedError,
     DeadlineError,
+    DeviceError,
     JobError,
     RequestError,
 )
@@ -35,12 +36,10 @@ from stfuse._flight import Tenant
 from stfuse._health import Health
 from stfuse._inputs import check_seconds
 from stfuse._job import Job
-from stfuse._lane import Member
 from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
-from stfuse._swap import own, write_weights
-from stfuse._trace import trace
+from stfuse._swap import prepared, write_weights
 from stfuse._turns import TURNS
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
@@ -155,9 +154,13 @@ class Engine:
             raise JobError(
                 f"`stfuse.Engine.add`: found a {found}; pass a `stfuse.Job`."
             )
-        traces = tuple(map(trace, job.programs))
-        member = Member(job, traces, own(job.flatten_params(job.params)))
         lane = self._builder.lane_of(job.name)
+        try:
+            member = prepared("add", job, job.params, self._server.device)
+        except DeviceError as error:
+            refused: Future[None] = Future()
+            refused.set_exception(error)
+            return refused
         tenant = Tenant(job, member, lane)
         with self._server.lock:
             if self._server.is_closed:
@@ -171,7 +174,6 @@ class Engine:
             self._server.tenants[job.name] = tenant
             self._server.scheduler.handle(Join(job.name, job.weight))
         logging.info("stfuse: job '%s' added", job.name)
-        tenant.ready.add_done_callback(functools.partial(_log_ready, job.name))
         self._builder.request(lane)
         return tenant.ready
 
@@ -207,11 +209,12 @@ class Engine:
 
         Raises:
             JobError: no such job, or params unlike the job's; the old ones stay.
-            DeviceError: the weights could not be written, or the new step, needed when
-                a shared leaf stops being equal, not be built; the old weights stay.
+            DeviceError: the weights could not be prepared or written, or the new step,
+                needed when a shared leaf stops being equal, not be built; the old
+                weights stay.
         """
         tenant = self._tenant("swap", name, JobError)
-        leaves = own(tenant.job.flatten_params(params))
+        leaves = prepared("swap", tenant.job, params, self._server.device).params
         write = functools.partial(
             write_weights, self._server, self._builder, tenant, leaves
         )
@@ -378,11 +381,6 @@ class Engine:
             f"`stfuse.Engine.infer`: job '{name}': no answer within {timeout_s} s.",
             jobs=(name,),
         )
-
-
-def _log_ready(name: str, ready: Future[None]) -> None:
-    if not ready.cancelled() and ready.exception() is None:  # a refusal is logged
-        logging.info("stfuse: job '%s' ready", name)
 
 
 def _started(serve: Any, server: Server, builder: Builder) -> list[threading.Thread]:

@@ -158,6 +158,9 @@ class Fused:
     def pack(self, params: Mapping[str, Any] | None = None) -> Bank:
         """Stack the jobs' parameters on the device.
 
+        The parameters themselves, also where a job only reads casts of them (the engine
+        keeps the casts): gradients are taken of the bank and applied to it.
+
         Args:
             params: ``{name: params}`` to use instead of the jobs' own; may name some.
 

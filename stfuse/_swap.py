@@ -1,4 +1,4 @@
-"""New weights for a job that is being served."""
+"""Weights for a job that is served: what is made of them first, and new ones."""
 
 from __future__ import annotations
 
@@ -8,17 +8,46 @@ from typing import Any
 
 import numpy as np
 
-from stfuse import _lane
+from stfuse import _hoist, _lane
 from stfuse._builder import Builder
 from stfuse._errors import DeviceError
 from stfuse._flight import Tenant
+from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._server import Server
+from stfuse._trace import trace
+from stfuse._types import Device
 
 
 def own(leaves: list[Any]) -> tuple[Any, ...]:
     """Return leaves that nobody else can change: lanes are rebuilt from them."""
     return tuple(np.array(x) if isinstance(x, np.ndarray) else x for x in leaves)
+
+
+def prepared(call: str, job: Job, params: Any, device: Device) -> Member:
+    """Return a job as it is served, with some parameters.
+
+    Args:
+        call: of the engine, for errors.
+        job: the job.
+        params: pytree like the job's params.
+        device: serves it.
+
+    Raises:
+        JobError: the params are unlike the job's.
+        DeviceError: what its programs do to parameters alone failed.
+    """
+    leaves = own(job.flatten_params(params))
+    hoist = _hoist.hoist([trace(program) for program in job.programs])
+    try:
+        traces, found = hoist.prepare(leaves, device.put)
+    except Exception as error:  # whatever a device or a compiler raises
+        raise DeviceError(
+            f"`stfuse.Engine.{call}`: job '{job.name}': its parameters could not be "
+            f"prepared: {type(error).__name__}: {error}.",
+            jobs=(job.name,),
+        ) from error
+    return Member(job, traces, found)
 
 
 def write_weights(
@@ -30,7 +59,7 @@ def write_weights(
         server: serves the job.
         builder: builds its lane anew if the weights do not fit into the one there is.
         tenant: the job.
-        leaves: its new parameters, nobody else's.
+        leaves: its new parameters, prepared and nobody else's.
 
     Returns:
         None if every later request sees them; else a future of when it will.

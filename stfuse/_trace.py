@@ -212,23 +212,32 @@ def _flatten(jaxpr: Any, num_own: int, consts: Sequence[Any] | None = None) -> T
     numbers = {v: i for i, v in enumerate(values)}
     records = tuple(_op(eqn, ins, produced, numbers) for eqn, ins, produced in ops)
     outputs = tuple(v if isinstance(v, Literal) else numbers[v] for v in outs)
-    specs = tuple(v.spec for v in values)
-    num_params = num_own + len(held)
+    return as_trace(
+        num_own + len(held),
+        tuple(v.spec for v in values),
+        tuple(c for _, c in held),
+        records,
+        outputs,
+        tuple(v.spec for v in outs),
+    )
+
+
+def as_trace(
+    num_params: int,
+    specs: tuple[jax.ShapeDtypeStruct, ...],
+    consts: tuple[Any, ...],
+    ops: tuple[Op, ...],
+    outputs: tuple[int | Literal, ...],
+    out_specs: tuple[jax.ShapeDtypeStruct, ...],
+) -> Trace:
+    """Return what a trace is made of as a trace, with the key that follows."""
     form = (
         num_params,
         canonical(specs),
-        tuple((op.key, _atoms(op.inputs)) for op in records),
+        tuple((op.key, _atoms(op.inputs)) for op in ops),
         _atoms(outputs),
     )
-    return Trace(
-        num_params=num_params,
-        specs=specs,
-        consts=tuple(c for _, c in held),
-        ops=records,
-        outputs=outputs,
-        out_specs=tuple(v.spec for v in outs),
-        key=Key(form),
-    )
+    return Trace(num_params, specs, consts, ops, outputs, out_specs, Key(form))
 
 
 def _atoms(atoms: Sequence[int | Literal]) -> Hashable:

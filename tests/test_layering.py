@@ -11,7 +11,7 @@ PACKAGE = ROOT / "stfuse"
 # In import order: a file imports only files above it.
 ORDER = (
     "_errors _types _turns _options _tree _lengths _job _inputs _fingerprint _program "
-    "_trace _cost _rules _plan _draft _merge _align _lower _regions _values "
+    "_trace _hoist _cost _rules _plan _draft _merge _align _lower _regions _values "
     "_together _evaluate _layout _bank _part _step _stacked _cache _tuned _fuse "
     "_metrics metrics _queues _admission _buckets _scheduler _arrivals _simulate "
     "_stragglers _device _lane _staging _memory _answers _flight _books _health "
