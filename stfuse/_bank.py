@@ -223,20 +223,22 @@ def write(
         The new bank. One compile serves every slot.
     """
     arrays = list(bank.stacks)
-    written: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}  # value, place by array
+    written: dict[int, list[Any]] = {}  # values, by array
+    places: dict[int, list[tuple[int, ...]]] = {}
     for leaf, (i, start, _) in layout.leaf_rows(b).items():
         x = _as(new[leaf], layout.params[i].dtype)
         a, k = layout.array_of(i)
-        row = np.int32(start + slot)
-        if k is not None:
-            written.setdefault(a, []).append((x, (np.int32(k), row)))
-        elif is_stacked(arrays[a], layout.params[i]):
-            written.setdefault(a, []).append((x, (row,)))
+        if k is not None or is_stacked(arrays[a], layout.params[i]):
+            row = start + slot
+            written.setdefault(a, []).append(x)
+            places.setdefault(a, []).append((row,) if k is None else (k, row))
         elif layout.rows_of(i) == 1:
             arrays[a] = _as_leaf(x, layout.params[i].dtype)
     if written:
         put = _write_donating if donate else _write
-        stacks = put([arrays[a] for a in written], list(written.values()))
+        # All in one array: each of them alone would travel to the device by itself.
+        where = np.array([n for own in places.values() for p in own for n in p], "i4")
+        stacks = put([arrays[a] for a in written], [*written.values()], where)
         for a, stack in zip(written, stacks, strict=True):
             arrays[a] = stack
     return Bank(tuple(arrays))
@@ -287,19 +289,20 @@ def _is_same(a: Any, b: Any) -> bool:
     return _tree.describe(a) == _tree.describe(b) and _tree.same_bytes(a, b)
 
 
-def _update(arrays: list[Any], written: list[Any]) -> list[Any]:
-    return [
-        functools.reduce(_put, changes, array)
-        for array, changes in zip(arrays, written, strict=True)
-    ]
-
-
-def _put(array: Any, change: tuple[Any, tuple[Any, ...]]) -> Any:
-    x, place = change
-    shape = array.shape[len(place) :]
-    x = jnp.reshape(padded(x, shape), (*(1,) * len(place), *shape))
-    origin = [np.int32(0)] * len(shape)
-    return jax.lax.dynamic_update_slice(array, x, (*place, *origin))
+def _update(arrays: list[Any], written: list[list[Any]], where: Any) -> list[Any]:
+    """Write values into arrays, at one number each, or two, from their front axes."""
+    found, at = [], 0
+    for array, values in zip(arrays, written, strict=True):
+        for x in values:
+            num_lead = array.ndim - np.ndim(x)
+            shape = array.shape[num_lead:]
+            x = jnp.reshape(padded(x, shape), (*(1,) * num_lead, *shape))
+            place = [where[at + n] for n in range(num_lead)]
+            at += num_lead
+            origin = [np.int32(0)] * len(shape)
+            array = jax.lax.dynamic_update_slice(array, x, (*place, *origin))
+        found.append(array)
+    return found
 
 
 _write = jax.jit(_update)

@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from absl import logging
 
@@ -161,19 +162,16 @@ class Builder:
         self, name: str, tenants: Sequence[Tenant], new: Sequence[Tenant]
     ) -> Lane | None:
         """Give new jobs free slots of the running lane, None if it must be rebuilt."""
-        server = self._server
-
-        def join() -> Lane | None:
-            lane = server.lanes.get(name)
+        server, lane = self._server, self._server.lanes.get(name)
+        for tenant in new:  # one by one: each has its weights on the device twice
             if lane is None or any(t.swaps for t in tenants):
                 return None
-            joined = [t for t in new if _lane.join(lane, t.member)]
-            with server.lock:
-                server.scheduler.handle(as_install(lane, keeps_ready=True))
-            server.members.arrive(lane, joined)
-            return lane
-
-        return server.command(join).result()
+            if _lane.has_room(lane, tenant.member):
+                staged = _lane.staged(lane, tenant.member)
+                join = partial(server.members.join, lane, tenant, staged)
+                server.command(join).result()
+            lane = server.lanes.get(name)
+        return None if any(t.swaps for t in tenants) else lane
 
     def _waits_for_slot(self, lane: Lane, tenant: Tenant) -> bool:
         """Keep a job on the host if its lane cannot grow; return whether it is."""

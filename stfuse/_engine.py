@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 import time
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from stfuse._job import Job
 from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
-from stfuse._swap import prepared, write_weights
+from stfuse._swap import prepared, writing
 from stfuse._turns import TURNS
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
@@ -214,10 +213,7 @@ class Engine:
                 weights stay.
         """
         tenant = self._tenant("swap", name, JobError)
-        leaves = prepared("swap", tenant.job, params, self._server.device).params
-        write = functools.partial(
-            write_weights, self._server, self._builder, tenant, leaves
-        )
+        write = writing(self._server, self._builder, tenant, params)
         waiting = self._server.command(write).result()
         if waiting is not None:
             self._check_thread("swap")

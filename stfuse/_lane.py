@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -217,9 +217,17 @@ def join(lane: Lane, member: Member) -> bool:
     return True
 
 
+def has_room(lane: Lane, member: Member) -> bool:
+    """Return whether a lane has a free slot for a job's programs; any thread."""
+    keys = {trace.key for trace in lane.traces}
+    return all(trace.key in keys for trace in member.traces) and all(
+        free_slot(lane, s) is not None for s in species_of(lane, member)
+    )
+
+
 def free_slot(lane: Lane, species: int) -> int | None:
     """Return the first slot of a species that no job has."""
-    taken = {k for each in lane.places.values() for s, k in each if s == species}
+    taken = {k for each in [*lane.places.values()] for s, k in each if s == species}
     return min(set(range(lane.capacities[species])) - taken, default=None)
 
 
@@ -245,6 +253,31 @@ def write(lane: Lane, member: Member) -> bool:
     return True
 
 
+def staged(lane: Lane, member: Member) -> Member:
+    """Return a job whose weights are where a lane's are, as far as it has its own.
+
+    Any thread may do that, while others are served; what is written then is a copy
+    within the device.
+    """
+    num_own, lengths = len(member.params), enumerate(species_of(lane, member))
+    banks = {lane.layout.bank_of[s]: length for length, s in lengths}
+    own = {i for b in banks for i in _bank.written_leaves(lane.layout, lane.bank, b)}
+    params = _brought_there(lane, member.params, {i for i in own if i < num_own})
+    return replace(member, params=tuple(jax.block_until_ready(params)))
+
+
+def _brought_there(lane: Lane, leaves: Sequence[Any], which: set[int]) -> list[Any]:
+    """Return leaves, some of them where the lane's are."""
+    if not lane.bank.stacks:
+        return list(leaves)
+    where, found = lane.bank.stacks[0].sharding, list(leaves)
+    far = [i for i in sorted(which) if getattr(leaves[i], "sharding", None) != where]
+    moved = jax.device_put([leaves[i] for i in far], where)
+    for i, x in zip(far, moved, strict=True):
+        found[i] = x
+    return found
+
+
 def _put(lane: Lane, member: Member) -> None:
     # Programs that share a bank hold the job in the same slot of it.
     places = {
@@ -253,9 +286,8 @@ def _put(lane: Lane, member: Member) -> None:
     }
     for b, (slot, new) in places.items():
         # The new arrays go where the old ones are; what is kept once is there.
-        where = lane.bank.stacks[0].sharding if lane.bank.stacks else None
         own = _bank.written_leaves(lane.layout, lane.bank, b)
-        fresh = [jax.device_put(x, where) if i in own else x for i, x in enumerate(new)]
+        fresh = _brought_there(lane, new, own)
         lane.bank = _bank.write(lane.layout, lane.bank, b, slot, fresh, donate=True)
     lane.generations[member.job.name] = member.generation
 

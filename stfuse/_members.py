@@ -18,7 +18,7 @@ from stfuse._cache import CostTable
 from stfuse._errors import ClosedError, DeviceError
 from stfuse._faults import Faults
 from stfuse._flight import Tenant
-from stfuse._lane import Lane
+from stfuse._lane import Lane, Member
 from stfuse._memory import DoesNotFit
 from stfuse._metrics import Metrics
 from stfuse._residency import Residency, as_install
@@ -119,6 +119,21 @@ class Members:
         self._books.fail_queued(error, [name])
         if not tenant.outstanding:
             self.depart(tenant)
+
+    def join(self, lane: Lane, tenant: Tenant, staged: Member) -> None:
+        """Give a tenant a free slot, on the device thread, if the lane has one for it.
+
+        Args:
+            lane: where; it may have been lost meanwhile.
+            tenant: who.
+            staged: the tenant with its weights on the device, if they are the newest.
+        """
+        is_newest = staged.generation == tenant.member.generation
+        newest = staged if is_newest else tenant.member
+        if self.lanes.get(lane.name) is lane and _lane.join(lane, newest):
+            with self._lock:
+                self._scheduler.handle(as_install(lane, keeps_ready=True))
+            self.arrive(lane, [tenant])
 
     def arrive(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
         """Let a lane be that of some tenants, on the device thread.

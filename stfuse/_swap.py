@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,16 +52,42 @@ def prepared(call: str, job: Job, params: Any, device: Device) -> Member:
     return Member(job, traces, found)
 
 
-def write_weights(
-    server: Server, builder: Builder, tenant: Tenant, leaves: tuple[Any, ...]
-) -> Future[None] | None:
-    """Write a job's new weights into its lane, on the device thread.
+def writing(
+    server: Server, builder: Builder, tenant: Tenant, params: Any
+) -> Callable[[], Future[None] | None]:
+    """Bring new weights to the device, and return what writes them there, a command.
 
     Args:
         server: serves the job.
         builder: builds its lane anew if the weights do not fit into the one there is.
         tenant: the job.
-        leaves: its new parameters, prepared and nobody else's.
+        params: pytree like the job's params.
+
+    Raises:
+        JobError: the params are unlike the job's.
+        DeviceError: they could not be prepared, or brought to the device.
+    """
+    new = prepared("swap", tenant.job, params, server.device)
+    lane, staged = server.lanes.get(tenant.lane), new
+    if lane is not None and tenant.job.name in lane.places:
+        try:
+            staged = _lane.staged(lane, new)
+        except Exception as error:  # whatever a device raises
+            raise _not_written(tenant, error) from error
+    return partial(_write, server, builder, tenant, new, staged)
+
+
+def _write(
+    server: Server, builder: Builder, tenant: Tenant, new: Member, staged: Member
+) -> Future[None] | None:
+    """Write a job's new weights into its lane, on the device thread.
+
+    Args:
+        server: serves the job.
+        builder: builds its lane anew if need be.
+        tenant: the job.
+        new: it with its new parameters, nobody else's.
+        staged: the same, but on the device already.
 
     Returns:
         None if every later request sees them; else a future of when it will.
@@ -67,28 +95,33 @@ def write_weights(
     Raises:
         DeviceError: they could not be written; the old ones stay.
     """
-    old, name = tenant.member, tenant.job.name
-    tenant.member = replace(old, params=leaves, generation=old.generation + 1)
+    old, generation = tenant.member, tenant.member.generation + 1
+    tenant.member = replace(old, params=new.params, generation=generation)
     lane = server.lanes.get(tenant.lane)
     if lane is None or not tenant.is_placed:
         return None  # a lane that is being built takes the newest weights
     try:
-        if _lane.write(lane, tenant.member):
-            server.faults.release(name)
+        if _lane.write(lane, replace(tenant.member, params=staged.params)):
+            server.faults.release(tenant.job.name)
             return None
     except Exception as error:
         _restore(tenant, old)
         server.members.lose_lane(lane)  # some may be written, or the old ones gone
-        raise DeviceError(
-            f"`stfuse.Engine.swap`: job '{name}': the new weights could not be "
-            f"written: {type(error).__name__}: {error}. The old ones stay.",
-            jobs=(name,),
-        ) from error
+        raise _not_written(tenant, error) from error
     waiting: Future[None] = Future()
     waiting.add_done_callback(lambda f: f.exception() and _restore(tenant, old))
     tenant.swaps.append(waiting)
     builder.request(tenant.lane)
     return waiting
+
+
+def _not_written(tenant: Tenant, error: Exception) -> DeviceError:
+    name = tenant.job.name
+    return DeviceError(
+        f"`stfuse.Engine.swap`: job '{name}': the new weights could not be written: "
+        f"{type(error).__name__}: {error}. The old ones stay.",
+        jobs=(name,),
+    )
 
 
 def _restore(tenant: Tenant, old: Member) -> None:

@@ -140,7 +140,7 @@ def spoil(monkeypatch):
     write = _bank._write_donating
 
     def spoil_next():
-        def broken(arrays, written):
+        def broken(arrays, written, where):
             monkeypatch.setattr(_bank, "_write_donating", write)
             for array in arrays:
                 array.delete()

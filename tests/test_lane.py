@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stfuse
-from stfuse import _lane, _regions, _staging
+from stfuse import _bank, _lane, _regions, _staging
 from stfuse._cost import RECORDS
 from stfuse._device import JaxDevice
 from stfuse._lane import Member
@@ -142,6 +142,35 @@ def test_a_job_joins_leaves_and_swaps_without_touching_its_neighbors():
     after = run(lane, bucket, {"n0": x, "n2": x})
     for name in before:
         np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_staged_weights_are_the_jobs_own_on_the_device_and_shared_ones_stay():
+    weights = np.arange(9, dtype=np.float32).reshape(3, 3)
+
+    def apply_fn(p, x):
+        return (x + p["own"]) @ p["shared"]
+
+    def made(name, own):
+        params = {"own": np.full(3, own, "f"), "shared": weights}
+        return member(stfuse.Job(name, apply_fn, params, np.ones((1, 3), "f")))
+
+    lane = build(*(made(name, n).job for n, name in enumerate("xyz")))
+    _lane.leave(lane, "y")
+    new = made("w", 9.0)
+    assert _lane.has_room(lane, new)
+    staged = _lane.staged(lane, new)
+    own, shared = staged.params
+    assert own.sharding == lane.bank.stacks[0].sharding
+    assert shared is new.params[1]
+    np.testing.assert_array_equal(own, new.params[0])
+    assert _lane.staged(lane, staged).params[0] is own  # it is there
+    assert _lane.join(lane, staged)
+    (s, slot), *_ = lane.places["w"]
+    read = _bank.read(lane.layout, lane.bank, lane.layout.bank_of[s], slot)
+    for found, leaf in zip(read, new.params, strict=True):
+        np.testing.assert_array_equal(found, leaf)
+    assert _lane.join(lane, made("v", 3.0)) and not _lane.has_room(lane, new)
+    assert not _lane.has_room(lane, member(JOBS["a"])), "another program"
 
 
 def test_a_write_that_would_end_a_sharing_is_refused():
