@@ -31,9 +31,10 @@ from stfuse._memory import DoesNotFit, Memory, bank_bytes
 from stfuse._regroup import Regroup, program
 from stfuse._residency import as_install
 from stfuse._server import Server
-from stfuse._turns import QUICK_S, TURNS
+from stfuse._turns import QUICK_S, TURNS, giving_way
 from stfuse._types import Bucket, Policy
 
+_MOMENT_S = 0.1  # steps that end after each other are less apart
 _NUM_TIMINGS = 3
 
 
@@ -236,14 +237,12 @@ class Builder:
                 tenants,
                 key=lambda t: (not t.job.pinned, not t.outstanding, -t.last_request),
             )
-        lane = _lane.build(
-            name,
-            [t.member for t in tenants],
-            self._server.device,
-            cost=_cost.resolve("auto"),
-            max_capacity=capacity,
-            admit=self._memory.check,
-        )
+        device, cost = self._server.device, _cost.resolve("auto")
+        members, admit = [t.member for t in tenants], self._memory.check
+        with giving_way(self._is_serving):
+            lane = _lane.build(
+                name, members, device, cost=cost, max_capacity=capacity, admit=admit
+            )
         all_buckets = self._buckets(lane)
         one_each = [
             b for b in all_buckets if sum(b.slots) == 1 and b.rows == self._rows[-1]
@@ -352,10 +351,15 @@ class Builder:
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._rows)
 
+    def _is_serving(self) -> bool:
+        """Return whether a step was answered a moment ago."""
+        server = self._server
+        return server.is_clock_real and server.clock() - server.read_s < _MOMENT_S
+
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
-        step = _lane.compile_bucket(
-            lane, bucket, self._server.device, cost=_cost.resolve("auto")
-        )
+        device, cost = self._server.device, _cost.resolve("auto")
+        with giving_way(self._is_serving):
+            step = _lane.compile_bucket(lane, bucket, device, cost=cost)
         self._memory.admit(lane, bucket, step)
         lane.steps[bucket] = step
 

@@ -90,7 +90,7 @@ class Server:
         self._is_command_next = True
         self._decide_s = 0.0
         self._num_launches = 0
-        self._read_s = 0.0
+        self.read_s = float("-inf")  # when the last step was read
         self._thread: threading.Thread | None = None
         subscribe = getattr(clock, "subscribe", None)
         self.is_clock_real = subscribe is None
@@ -250,7 +250,7 @@ class Server:
         if self.is_clock_real and not self.scheduler.has_backlog:
             step_s = self.members.fastest_s(last.lane, last.batch.bucket)
             lead_s = _LEAD * sum(last.host_s)
-            until_s = max(last.launched_s, self._read_s) + step_s - lead_s
+            until_s = max(last.launched_s, self.read_s) + step_s - lead_s
             wait_s = min(until_s - self.clock(), _MOST_WAIT_S)
             if wait_s > 0:
                 self._work.wait(wait_s)
@@ -381,8 +381,8 @@ class Server:
             self.faults.failed(batch, flight.requests, error)
             return
         now_s = self.clock()
-        step_s = max(now_s - max(flight.launched_s, self._read_s), 1e-6)
-        self._read_s = now_s
+        step_s = max(now_s - max(flight.launched_s, self.read_s), 1e-6)
+        self.read_s = now_s
         lane, bucket = flight.lane, batch.bucket
         predictions = self.members.measured(lane, bucket, step_s)
         record = _flight.record(flight, now_s, step_s)

@@ -1,12 +1,16 @@
 """How long threads' turns are while an engine serves or builds, and after."""
 
 import sys
+import threading
+import time
+import types
 
+import numpy as np
 import pytest
 
-from stfuse import Engine
+from stfuse import Engine, _turns
 from stfuse._options import switch_interval_of
-from stfuse._turns import QUICK_S, Turns
+from stfuse._turns import QUICK_S, Turns, giving_way
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import serve, wait_for
 
@@ -108,3 +112,74 @@ def test_two_engines_share_the_shorter_interval(interval):
 def test_an_interval_must_be_a_time(wrong):
     with pytest.raises(ValueError, match="switch_interval_s is .*pass seconds > 0"):
         switch_interval_of(wrong, FakeDevice())
+
+
+def called(seconds):
+    """Call functions for so much processor time."""
+    end_s = time.thread_time() + seconds
+    while time.thread_time() < end_s:
+        abs(1)
+
+
+@pytest.fixture
+def rests_s(monkeypatch):
+    """Give the rests that are taken, which take no time."""
+    found = []
+    fake = types.SimpleNamespace(sleep=found.append, thread_time=time.thread_time)
+    monkeypatch.setattr(_turns, "time", fake)
+    return found
+
+
+def test_who_gives_way_rests_three_times_as_long_as_it_runs(rests_s):
+    with giving_way(lambda: True):
+        called(0.1)
+    assert 0.1 < sum(rests_s) < 0.5 and max(rests_s) <= 0.05
+    assert len(rests_s) > 20
+
+
+def test_nobody_rests_while_nobody_is_served(rests_s):
+    with giving_way(lambda: False):
+        assert sys.getprofile() is None
+        called(0.01)
+    answers = iter([True])  # when it begins, and not later
+    with giving_way(lambda: next(answers, False)):
+        called(0.01)
+    assert rests_s == []
+
+
+def test_only_the_thread_that_gives_way_is_watched_and_only_within(rests_s):
+    seen = []
+    with pytest.raises(ValueError), giving_way(lambda: True):
+        thread = threading.Thread(target=lambda: seen.append(sys.getprofile()))
+        thread.start(), thread.join()
+        assert sys.getprofile() is not None
+        raise ValueError
+    assert seen == [None] and sys.getprofile() is None
+
+
+def test_a_lane_is_built_politely_while_others_are_served():
+    seen = []
+
+    class Device(FakeDevice):
+        def compile(self, step_fn, *specs):
+            seen.append(sys.getprofile() is not None)
+            return super().compile(step_fn, *specs)
+
+    with serve(affine_job("a", width=7), device=Device(), max_batch_size=2) as engine:
+        assert not any(seen)
+        ended = threading.Event()
+
+        def ask():
+            while not ended.is_set():
+                engine.infer("a", np.ones((1, 7), "f"))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            wait_for(lambda: engine.stats().steps > 3)
+            seen.clear()
+            engine.add(affine_job("b", width=9)).result(60)
+        finally:
+            ended.set()
+            thread.join()
+        assert any(seen)
