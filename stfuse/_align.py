@@ -136,25 +136,32 @@ def _why_solo(drafts: Sequence[Draft], terms: Terms) -> dict[Draft, str]:
     by_name: dict[str, list[Draft]] = {}
     for d in drafts:
         by_name.setdefault(d.op.name, []).append(d)
-    found = {}
+    found: dict[Draft, str] = {}
+    known: dict[tuple[str, int], dict[tuple[int, int], bool]] = {}
     for d in drafts:
         if len(d.members) > 1:
             continue
         (own,) = d.members
-        others = [x for x in by_name[d.op.name] if set(x.members) != {own}]
-        if others or d.op.is_heavy:
-            found[d] = _reason(d, others, terms)
+        if (d.op.name, own) not in known:
+            others = [x for x in by_name[d.op.name] if set(x.members) != {own}]
+            forms = known[d.op.name, own] = dict.fromkeys(
+                (x.form for x in others), False
+            )
+            forms.update((x.form, True) for x in others if len(x.members) == 1)
+        forms = known[d.op.name, own]
+        if forms or d.op.is_heavy:
+            found[d] = _reason(d, forms, terms)
     return found
 
 
-def _reason(draft: Draft, others: Sequence[Draft], terms: Terms) -> str:
-    if not others:
+def _reason(draft: Draft, forms: Mapping[tuple[int, int], bool], terms: Terms) -> str:
+    """Return why a launch is solo; ``forms`` are others', and whether one is, too."""
+    if not forms:
         return "no other job has one"
-    forms = [x.form for x in others]
     if any(len(d.members) == 1 for d in draft.deps) and not draft.op.is_heavy:
         return "reads a launch of its own"
     if draft.form in forms:
-        if all(len(x.members) > 1 for x in others if x.form == draft.form):
+        if not forms[draft.form]:
             return "no partner is left"
         capped = "" if terms.max_waste is None else ", or beyond max_waste"
         return f"cheaper apart{capped}"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import lax
 
 import stfuse
-from stfuse import _align, _trace
+from stfuse import _align, _merge, _trace
 from stfuse._cost import RECORDS
 from stfuse._plan import Launch, Plan
 from tests import cases
@@ -154,3 +155,29 @@ def test_the_plan_of_a_fused_step_says_how_each_launch_is_computed():
     native = stfuse.fuse(conv, cost="h200", lowering="native").plan
     assert [one.lowering for one in auto.launches] == ["patches"]
     assert [one.lowering for one in native.launches] == ["native"]
+
+
+def convolve_and_sort(kernel, x):
+    return jnp.sort(lax.conv_general_dilated(x, kernel, (1, 1), "SAME"))
+
+
+def test_pairs_compared_at_once_save_what_each_of_them_does(monkeypatch):
+    saved, primitives = _merge._saved_s, set()
+
+    def checked(targets, drafts, a, b, terms):
+        found = saved(targets, drafts, a, b, terms)
+        for gain_s, x, y in zip(found, a, b, strict=True):
+            (s,) = drafts[y].members
+            assert gain_s == _merge._joint(targets[x], drafts[y], s, terms).gain_s
+            primitives.add(drafts[y].op.name)
+        return found
+
+    monkeypatch.setattr(_merge, "_saved_s", checked)
+    jobs = [job("a", 4, 8, 2), job("b", 5, 3, 6), job("c", 4, 8, 2), job("d", 7, 5)]
+    for name, channels in {"e": 3, "f": 5, "g": 5, "h": 7}.items():
+        kernel, x = np.ones((channels, 2, 3, 3), "f"), np.ones((1, 2, channels, 8), "f")
+        jobs.append(stfuse.Job(name, convolve_and_sort, kernel, x))
+    for cost in RECORDS.values():
+        for max_waste in (None, 0.2):
+            align(jobs, cost, max_waste=max_waste)
+    assert primitives >= {"dot_general", "conv_general_dilated", "sort"}
