@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class Draft:
         outs: padded shapes of its outputs.
         work: flops (heavy) or bytes (light) of its members, unpadded.
         cost_s: predicted time.
+        alone_s: predicted time of its members, each by itself.
         deps: launches that it reads.
         reads: per operand what its first member reads there.
         is_fixed: whether only parameters go into it.
@@ -49,6 +50,7 @@ class Draft:
     outs: Shapes
     work: float
     cost_s: float
+    alone_s: float
     deps: set[Draft]
     reads: tuple[Any, ...]
     is_fixed: bool = False
@@ -136,6 +138,7 @@ def singles(
         is_fixed = not op.is_heavy and bool(atoms) and fixed.issuperset(atoms)
         if is_fixed:
             fixed.update(op.outputs)
+        cost_s = terms.alone_s(op, terms.counts[s])
         draft = Draft(
             op=op,
             form=terms.form(op, shared),
@@ -146,24 +149,32 @@ def singles(
             ins=shapes_of(op.in_specs),
             outs=shapes_of(op.specs),
             work=(op.flops if op.is_heavy else op.num_bytes) * terms.counts[s],
-            cost_s=terms.alone_s(op, terms.counts[s]),
+            cost_s=cost_s,
+            alone_s=cost_s,
             deps={made_by[a][0] for a in atoms if a in made_by},
-            reads=tuple(
-                ("literal",)
-                if isinstance(a, Literal)
-                else made_by.get(a, ("given", tags.get(a)))
-                for a in op.inputs
-            ),
+            reads=_reads(op, made_by, tags),
             is_fixed=is_fixed,
             body=_body(s, op, tags, terms),
         )
         if draft.body is not None:
             draft.turns = op.params["length"]
             draft.work = padded_work(draft)
-            draft.cost_s = loop_s(draft.body, draft.turns, terms)
+            draft.cost_s = draft.alone_s = loop_s(draft.body, draft.turns, terms)
         made_by.update((v, (draft, k)) for k, v in enumerate(op.outputs))
         drafts.append(draft)
     return drafts
+
+
+def _reads(
+    op: Op, made_by: Mapping[int, tuple[Draft, int]], tags: Mapping[int, Hashable]
+) -> tuple[Any, ...]:
+    """Return per operand the launch and the output that it is, or what was given."""
+    return tuple(
+        ("literal",)
+        if isinstance(a, Literal)
+        else made_by.get(a, ("given", tags.get(a)))
+        for a in op.inputs
+    )
 
 
 def _pass_on(

@@ -208,6 +208,7 @@ class _Merging:
         target.banks |= draft.banks
         target.rows += draft.rows
         target.work += draft.work
+        target.alone_s += draft.alone_s
         self.settle(draft, target)
         target.deps |= {self.became[d] for d in draft.deps}
         self.became[draft] = target

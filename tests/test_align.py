@@ -12,7 +12,7 @@ from jax import lax
 import stfuse
 from stfuse import _align, _merge, _trace
 from stfuse._cost import RECORDS
-from stfuse._plan import Launch, Plan
+from stfuse._plan import Launch, Plan, components
 from tests import cases
 from tests.cases import CASES
 
@@ -85,6 +85,25 @@ def test_unlike_jobs_share_the_launches_that_cost_less_together():
         dot("b", 1, 4, 8, "cheaper apart"),
         dot("b", 1, 8, 2, "cheaper apart"),
     )
+
+
+def test_sharing_that_saves_next_to_nothing_is_left_alone():
+    jobs = [job("a", 2000, 2000, 2), job("b", 2000, 2000, 3)]
+    plan = align(jobs)
+    assert {x.why_solo for x in plan.launches} == {"cheaper apart"}
+    assert all(len(node.members) == 1 for node in plan.nodes)
+    slow = dataclasses.replace(CPU, launch_s=1e-4)  # as much as 1 MB, of 32 in all
+    assert align(jobs, slow).num_launches == 2
+    # Weights that are kept once pay for more than a launch: they are read once, too.
+    shared = align(jobs, shares=[("trunk", None)] * 2)
+    assert [len(x.jobs) for x in shared.launches] == [2, 2]
+
+
+def test_jobs_that_share_are_not_parted_for_those_that_hardly_do():
+    large = [job("a", 2000, 2000, 2), job("b", 2000, 2000, 3)]
+    plan = align([*large, job("c", 4, 8, 2), job("d", 4, 9, 2)])
+    assert components(4, plan.nodes) == ((0,), (1,), (2, 3))
+    assert [x.jobs for x in plan.launches[:2]] == [("c", "d")] * 2
 
 
 def test_a_lone_job_has_no_solo_launches():
