@@ -26,9 +26,9 @@ from stfuse._plan import Launch, Node, Plan, Species, components, count_apart, g
 from stfuse._program import Trace
 from stfuse._types import Cost
 
-# Part of the predicted time. The full-size mixes of `examples/mixes.py` save 23 % or more
-# on an H200. On a CPU (0.2 us a launch) many save 0 to 0.4 % and were slower for it:
-# cnn8 at 0.94 of the speed apart, resnet_18_34 0.97. mlp12 saves 1.7 % and was faster.
+# Part of the predicted time. The full-size mixes of `examples/mixes.py` save 23 % or
+# more on an H200. On a CPU (0.2 us a launch) many save 0 to 0.4 % and were slower for
+# it: cnn8 at 0.94 of the speed apart, resnet_18_34 0.97. mlp12 saves 1.7 %, was faster.
 _LEAST_SAVED = 0.01
 
 
@@ -175,10 +175,8 @@ def _why_solo(drafts: Sequence[Draft], terms: Terms) -> dict[Draft, str]:
         (own,) = d.members
         if (d.op.name, own) not in known:
             others = [x for x in by_name[d.op.name] if set(x.members) != {own}]
-            forms = known[d.op.name, own] = dict.fromkeys(
-                (x.form for x in others), False
-            )
-            forms.update((x.form, True) for x in others if len(x.members) == 1)
+            solo = {x.form for x in others if len(x.members) == 1}
+            known[d.op.name, own] = {x.form: x.form in solo for x in others}
         forms = known[d.op.name, own]
         if forms or d.op.is_heavy:
             found[d] = _reason(d, forms, terms)
