@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from stfuse import _rules
 from stfuse._program import Literal, Op, Trace, op_flops, shapes_of
@@ -30,6 +32,7 @@ class Draft:
         outs: padded shapes of its outputs.
         work: flops (heavy) or bytes (light) of its members, unpadded.
         cost_s: predicted time.
+        alone_s: predicted time of its members, each by itself.
         deps: launches that it reads.
         reads: per operand what its first member reads there.
         is_fixed: whether only parameters go into it.
@@ -47,6 +50,7 @@ class Draft:
     outs: Shapes
     work: float
     cost_s: float
+    alone_s: float
     deps: set[Draft]
     reads: tuple[Any, ...]
     is_fixed: bool = False
@@ -75,7 +79,6 @@ class Terms:
         max_waste: cap on padded work over true work, minus one; None for none.
         counts: jobs per species.
         banks: per species, whose parameters it has; equal ones never share a launch.
-        memo: joints by shapes.
         numbers: of the forms met so far.
     """
 
@@ -83,7 +86,6 @@ class Terms:
     max_waste: float | None
     counts: Sequence[int]
     banks: Sequence[Hashable]
-    memo: dict[Hashable, Joint | None] = field(default_factory=dict)
     numbers: dict[Hashable, int] = field(default_factory=dict)
 
     def number(self, form: Hashable) -> int:
@@ -136,6 +138,7 @@ def singles(
         is_fixed = not op.is_heavy and bool(atoms) and fixed.issuperset(atoms)
         if is_fixed:
             fixed.update(op.outputs)
+        cost_s = terms.alone_s(op, terms.counts[s])
         draft = Draft(
             op=op,
             form=terms.form(op, shared),
@@ -146,24 +149,32 @@ def singles(
             ins=shapes_of(op.in_specs),
             outs=shapes_of(op.specs),
             work=(op.flops if op.is_heavy else op.num_bytes) * terms.counts[s],
-            cost_s=terms.alone_s(op, terms.counts[s]),
+            cost_s=cost_s,
+            alone_s=cost_s,
             deps={made_by[a][0] for a in atoms if a in made_by},
-            reads=tuple(
-                ("literal",)
-                if isinstance(a, Literal)
-                else made_by.get(a, ("given", tags.get(a)))
-                for a in op.inputs
-            ),
+            reads=_reads(op, made_by, tags),
             is_fixed=is_fixed,
             body=_body(s, op, tags, terms),
         )
         if draft.body is not None:
             draft.turns = op.params["length"]
             draft.work = padded_work(draft)
-            draft.cost_s = loop_s(draft.body, draft.turns, terms)
+            draft.cost_s = draft.alone_s = loop_s(draft.body, draft.turns, terms)
         made_by.update((v, (draft, k)) for k, v in enumerate(op.outputs))
         drafts.append(draft)
     return drafts
+
+
+def _reads(
+    op: Op, made_by: Mapping[int, tuple[Draft, int]], tags: Mapping[int, Hashable]
+) -> tuple[Any, ...]:
+    """Return per operand the launch and the output that it is, or what was given."""
+    return tuple(
+        ("literal",)
+        if isinstance(a, Literal)
+        else made_by.get(a, ("given", tags.get(a)))
+        for a in op.inputs
+    )
 
 
 def _pass_on(
@@ -227,30 +238,37 @@ def work(op: Op, ins: Shapes, outs: Shapes) -> float:
     return num_bytes(op, ins, outs)
 
 
-def num_bytes(op: Op, ins: Shapes, outs: Shapes) -> float:
+def num_bytes(op: Op, ins: Any, outs: Any) -> Any:
     """Return what one row of a launch reads and writes."""
-    total = 0
+    total = 0.0
     for shape, size in zip((*ins, *outs), op.itemsizes, strict=True):
         total += math.prod(shape) * size
-    return float(total)
+    return total
 
 
-def launch(
-    op: Op, ins: Shapes, outs: Shapes, rows: int, terms: Terms
-) -> tuple[float, float]:
-    """Return a launch's predicted time at some padded shapes, and the work it does."""
+def launch(op: Op, ins: Any, outs: Any, rows: Any, terms: Terms) -> tuple[Any, Any]:
+    """Return a launch's predicted time at some padded shapes, and the work it does.
+
+    Sizes and rows may be arrays, for many launches at once.
+    """
     moved = num_bytes(op, ins, outs)
     if not op.is_heavy:
-        return terms.cost.seconds(0.0, moved * rows), moved * rows
+        return _seconds(terms.cost, 0.0, moved * rows), moved * rows
     flops = op_flops(op.name, op.params, ins, outs)
-    if op.name == "conv_general_dilated" and rows > 1 and terms.cost.source == "cpu":
+    if op.name == "conv_general_dilated" and terms.cost.source == "cpu":
         # Stacked kernels are multiplied with patches, which are written and read.
-        itemsize = getattr(op.specs[0].dtype, "itemsize", 4)
-        moved += flops / max(_out_features(op, outs), 1) * itemsize
-    return terms.cost.seconds(flops * rows, moved * rows), flops * rows
+        patches = flops / np.maximum(_out_features(op, outs), 1)
+        moved = moved + np.where(rows > 1, patches * op.itemsizes[-1], 0.0)
+    return _seconds(terms.cost, flops * rows, moved * rows), flops * rows
 
 
-def _out_features(op: Op, outs: Shapes) -> int:
+def _seconds(cost: Cost, flops: Any, moved: Any) -> Any:
+    if isinstance(moved, np.ndarray):
+        return np.vectorize(cost.seconds, otypes=[float])(flops, moved)
+    return cost.seconds(flops, moved)
+
+
+def _out_features(op: Op, outs: Any) -> Any:
     return outs[0][op.params["dimension_numbers"].out_spec[1]]
 
 
@@ -268,7 +286,7 @@ def padded_work(draft: Draft) -> float:
     return work(draft.op, draft.ins, draft.outs) * draft.rows
 
 
-def is_wasteful(done: float, true: float, terms: Terms) -> bool:
+def is_wasteful(done: Any, true: Any, terms: Terms) -> Any:
     """Return whether padded work goes beyond ``max_waste``."""
     if terms.max_waste is None:
         return False

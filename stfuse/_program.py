@@ -149,20 +149,22 @@ def shapes_of(specs: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(getattr(s, "shape", ())) for s in specs)
 
 
-def op_flops(name: str, params: dict[str, Any], ins: Any, outs: Any) -> float:
+def op_flops(name: str, params: dict[str, Any], ins: Any, outs: Any) -> Any:
     """Return the arithmetic of one op from its operands' and outputs' shapes.
 
-    Loops are counted once if they are unbounded.
+    A size may be an array, for many launches at once. Loops are counted once if they
+    are unbounded.
     """
     out = sum(map(math.prod, outs))
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2.0 * out * math.prod(ins[0][i] for i in contracted)
     if name == "conv_general_dilated":
-        out_features = ins[1][params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * out * math.prod(ins[1]) / max(out_features, 1)
+        out_features = params["dimension_numbers"].rhs_spec[0]
+        window = (n for axis, n in enumerate(ins[1]) if axis != out_features)
+        return 2.0 * out * math.prod(window)
     inner = sum(map(_eqn_flops, _body_eqns(params)))
-    return inner * params.get("length", 1) if inner else float(out)
+    return inner * params.get("length", 1) if inner else 1.0 * out
 
 
 def _eqn_flops(eqn: Any) -> float:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import lax
 
 import stfuse
-from stfuse import _align, _trace
+from stfuse import _align, _merge, _trace
 from stfuse._cost import RECORDS
-from stfuse._plan import Launch, Plan
+from stfuse._plan import Launch, Plan, components
 from tests import cases
 from tests.cases import CASES
 
@@ -86,6 +87,25 @@ def test_unlike_jobs_share_the_launches_that_cost_less_together():
     )
 
 
+def test_sharing_that_saves_next_to_nothing_is_left_alone():
+    jobs = [job("a", 2000, 2000, 2), job("b", 2000, 2000, 3)]
+    plan = align(jobs)
+    assert {x.why_solo for x in plan.launches} == {"cheaper apart"}
+    assert all(len(node.members) == 1 for node in plan.nodes)
+    slow = dataclasses.replace(CPU, launch_s=1e-4)  # as much as 1 MB, of 32 in all
+    assert align(jobs, slow).num_launches == 2
+    # Weights that are kept once pay for more than a launch: they are read once, too.
+    shared = align(jobs, shares=[("trunk", None)] * 2)
+    assert [len(x.jobs) for x in shared.launches] == [2, 2]
+
+
+def test_jobs_that_share_are_not_parted_for_those_that_hardly_do():
+    large = [job("a", 2000, 2000, 2), job("b", 2000, 2000, 3)]
+    plan = align([*large, job("c", 4, 8, 2), job("d", 4, 9, 2)])
+    assert components(4, plan.nodes) == ((0,), (1,), (2, 3))
+    assert [x.jobs for x in plan.launches[:2]] == [("c", "d")] * 2
+
+
 def test_a_lone_job_has_no_solo_launches():
     plan = align([job("a", 4, 8, 2)])
     assert (plan.num_launches, plan.num_launches_alone, plan.num_solo) == (2, 2, 0)
@@ -154,3 +174,29 @@ def test_the_plan_of_a_fused_step_says_how_each_launch_is_computed():
     native = stfuse.fuse(conv, cost="h200", lowering="native").plan
     assert [one.lowering for one in auto.launches] == ["patches"]
     assert [one.lowering for one in native.launches] == ["native"]
+
+
+def convolve_and_sort(kernel, x):
+    return jnp.sort(lax.conv_general_dilated(x, kernel, (1, 1), "SAME"))
+
+
+def test_pairs_compared_at_once_save_what_each_of_them_does(monkeypatch):
+    saved, primitives = _merge._saved_s, set()
+
+    def checked(targets, drafts, a, b, terms):
+        found = saved(targets, drafts, a, b, terms)
+        for gain_s, x, y in zip(found, a, b, strict=True):
+            (s,) = drafts[y].members
+            assert gain_s == _merge._joint(targets[x], drafts[y], s, terms).gain_s
+            primitives.add(drafts[y].op.name)
+        return found
+
+    monkeypatch.setattr(_merge, "_saved_s", checked)
+    jobs = [job("a", 4, 8, 2), job("b", 5, 3, 6), job("c", 4, 8, 2), job("d", 7, 5)]
+    for name, channels in {"e": 3, "f": 5, "g": 5, "h": 7}.items():
+        kernel, x = np.ones((channels, 2, 3, 3), "f"), np.ones((1, 2, channels, 8), "f")
+        jobs.append(stfuse.Job(name, convolve_and_sort, kernel, x))
+    for cost in RECORDS.values():
+        for max_waste in (None, 0.2):
+            align(jobs, cost, max_waste=max_waste)
+    assert primitives >= {"dot_general", "conv_general_dilated", "sort"}
