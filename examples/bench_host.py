@@ -5,6 +5,10 @@ round, one thread submits a request of each tenant while the device is held, the
 go: the engine decides, stages, launches and answers them as one step, with nobody
 beside it. Medians over rounds. Then one client asks as fast as it gets answers: what
 the engine serves of what such a device could.
+
+With ``--join_seconds`` a tenant is added at 0.7 of that at last, which needs a larger
+lane: each of its steps takes `--compile_s` of the processor to build, in Python, as a
+model that is traced does.
 """
 
 import statistics
@@ -15,6 +19,7 @@ import numpy as np
 from absl import app, flags
 
 import stfuse
+from examples import fleet as fleets
 from examples import goals, load, streams
 from stfuse.testing import FakeDevice, affine_job
 
@@ -24,6 +29,9 @@ _ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 300, "Steps timed.", lower_bound=1)
 _STEP_MS = flags.DEFINE_float("step_ms", 0.6, "Of the device.", lower_bound=0.0)
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "Of the closed loop; 0 for none.")
+_JOIN_SECONDS = flags.DEFINE_float("join_seconds", 0.0, "Before a join; 0 for none.")
+_COMPILE_S = flags.DEFINE_float("compile_s", 0.25, "Of a step of the larger lane.")
+_SWITCH_MS = flags.DEFINE_float("switch_ms", None, "The engine's switch_interval_s.")
 
 
 class PacedDevice(FakeDevice):
@@ -36,7 +44,14 @@ class PacedDevice(FakeDevice):
     def __init__(self, step_s: float) -> None:
         """Start idle."""
         super().__init__(step_s=0.0, computes=False)
-        self._step_s, self._free_s = step_s, 0.0
+        self._step_s, self._free_s, self.compile_s = step_s, 0.0, 0.0
+
+    def compile(self, step_fn: Any, *specs: Any) -> Any:
+        """Compile a step, in Python, for `compile_s` of the processor."""
+        end_s = time.thread_time() + self.compile_s
+        while time.thread_time() < end_s:
+            pass
+        return super().compile(step_fn, *specs)
 
     def launch(self, *step: Any) -> Any:
         """Start a step once those before it have ended."""
@@ -81,11 +96,15 @@ def time_round(engine: stfuse.Engine, device: FakeDevice) -> dict[str, float]:
     return {"submit": submit_us} | {name: us * share for name, us in spent.items()}
 
 
+def targets_of(num: int) -> list[load.Target]:
+    """Return what some tenants are asked."""
+    x = np.ones((_ROWS.value, _WIDTH.value), np.float32)
+    return [load.Target(f"tenant-{i}", [x]) for i in range(num)]
+
+
 def saturate(engine: stfuse.Engine) -> None:
     """Ask in a closed loop; print what came of it."""
-    x = np.ones((_ROWS.value, _WIDTH.value), np.float32)
-    num = _TENANTS.value
-    targets = [load.Target(f"tenant-{i}", [x]) for i in range(num)]
+    num, targets = _TENANTS.value, targets_of(_TENANTS.value)
     stream = streams.in_turn(int(200_000 * _SECONDS.value), num, 1)
     before = engine.stats()
     run = load.saturate(
@@ -109,18 +128,35 @@ def saturate(engine: stfuse.Engine) -> None:
         print(f"the device could serve {device_per_s:,.0f}: {share:.2f} of that")
 
 
+def join(engine: stfuse.Engine, device: PacedDevice, jobs: list[stfuse.Job]) -> None:
+    """Add the last job while the others are asked; print what they saw of it."""
+    num, seconds = len(jobs) - 1, _JOIN_SECONDS.value
+    fleet = fleets.Fleet(jobs[:-1], targets_of(num), np.zeros(0), _ROWS.value)
+    options = goals.Options(seconds, seconds / 3, 0, lambda run: None)
+    device.compile_s, num_before = _COMPILE_S.value, device.num_compiles
+    rate = goals.HIGH_LOAD * num / max(_STEP_MS.value / 1e3, 1e-5)
+    found = goals.joining(engine, fleet, jobs[-1], rate, 2 * seconds, options)
+    before, during, ready_s = found["before"], found["during"], found["ready_s"]
+    print(
+        f"a tenant joins a larger lane: others' p99 {before['p99_ms']:.1f} ms before, "
+        f"{during['p99_ms']:.1f} ms during {found['during_s']:.1f} s: ratio "
+        f"{found['ratio']:.2f}; {device.num_compiles - num_before} steps compiled, "
+        + ("not ready in time" if ready_s is None else f"ready in {ready_s:.1f} s")
+    )
+
+
 def main(argv: list[str]) -> None:
     """Serve, time, print."""
     del argv
     device, num = PacedDevice(_STEP_MS.value / 1e3), _TENANTS.value
-    with stfuse.Engine(
-        device=device, max_slots=num, max_batch_size=_ROWS.value
-    ) as engine:
+    interval_s = _SWITCH_MS.value and _SWITCH_MS.value / 1e3
+    options = {"max_slots": 2 * num, "switch_interval_s": interval_s}
+    with stfuse.Engine(device=device, max_batch_size=_ROWS.value, **options) as engine:
         jobs = [
             affine_job(f"tenant-{i}", scale=float(i), width=_WIDTH.value)
-            for i in range(num)
+            for i in range(num + 1)
         ]
-        for ready in [engine.add(job) for job in jobs]:
+        for ready in [engine.add(job) for job in jobs[:-1]]:
             ready.result()
         found = [time_round(engine, device) for _ in range(_ROUNDS.value)]
         fill = engine.stats().rows / engine.stats().steps / _ROWS.value
@@ -133,6 +169,8 @@ def main(argv: list[str]) -> None:
             print(f"{name:<10}{statistics.median(each):>20.2f}{min(each):>10.2f}")
         if _SECONDS.value:
             saturate(engine)
+        if _JOIN_SECONDS.value:
+            join(engine, device, jobs)
 
 
 if __name__ == "__main__":
