@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from absl import logging
 
@@ -239,7 +240,7 @@ class Builder:
             )
         device, cost = self._server.device, _cost.resolve("auto")
         members, admit = [t.member for t in tenants], self._memory.check
-        with giving_way(self._is_serving):
+        with self._politely():
             lane = _lane.build(
                 name, members, device, cost=cost, max_capacity=capacity, admit=admit
             )
@@ -325,19 +326,17 @@ class Builder:
             self._add_bucket(lane, bucket)
         with server.lock:
             here = [t for t in server.tenants.values() if t.lane == lane.name]
-            there = [t for t in here if t.is_placed and t.home is None]
-            done = [t for t in there if not t.ready.done()]
+            done = [t for t in here if t.is_placed and not (t.home or t.ready.done())]
         for tenant in done:
             logging.info("stfuse: job '%s' ready", tenant.job.name)
         resolve_all([tenant.ready for tenant in done])
 
     def _add_bucket(self, lane: Lane, bucket: Bucket) -> None:
         """Compile one more bucket of a serving lane, which can do without it."""
-        server = self._server
         try:
             self._compile(lane, bucket)
             self._measure(lane, bucket)
-            server.command(lambda: server.start(lane, bucket)).result()
+            self._server.command(lambda: self._server.start(lane, bucket)).result()
         except Exception as error:
             lane.steps.pop(bucket, None)
             level = logging.INFO if bucket.is_open else logging.ERROR
@@ -351,14 +350,15 @@ class Builder:
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._rows)
 
-    def _is_serving(self) -> bool:
-        """Return whether a step was answered a moment ago."""
+    def _politely(self) -> Any:
+        """Give way while anybody waits, if a step was answered a moment ago."""
         server = self._server
-        return server.is_clock_real and server.clock() - server.read_s < _MOMENT_S
+        is_served = server.is_clock_real and server.clock() - server.read_s < _MOMENT_S
+        return giving_way(is_served, lambda: server.scheduler.num_queued > 0)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
         device, cost = self._server.device, _cost.resolve("auto")
-        with giving_way(self._is_serving):
+        with self._politely():
             step = _lane.compile_bucket(lane, bucket, device, cost=cost)
         self._memory.admit(lane, bucket, step)
         lane.steps[bucket] = step

@@ -62,18 +62,19 @@ TURNS = Turns()
 
 
 @contextlib.contextmanager
-def giving_way(is_busy: Callable[[], bool]) -> Iterator[None]:
-    """Let this thread rest three quarters of its time while others are served.
+def giving_way(is_served: bool, is_behind: Callable[[], bool]) -> Iterator[None]:
+    """Let this thread rest three quarters of its time while others wait.
 
     Python has no priorities: a thread that traces gets as many turns as the one that
     serves, which is too few for that one where it needs more than half of them. So it
     looks at the clock every so many calls of functions, which makes it about twice as
-    slow by itself; if nobody is served when it begins, it does not.
+    slow by itself.
 
     Args:
-        is_busy: whether anybody is served now.
+        is_served: whether anybody is; if not, this does nothing.
+        is_behind: whether anybody waits now.
     """
-    if not is_busy():
+    if not is_served:
         yield
         return
     began_s, left = time.thread_time(), _CALLS
@@ -84,7 +85,7 @@ def giving_way(is_busy: Callable[[], bool]) -> Iterator[None]:
         if not left:
             left, ran_s = _CALLS, time.thread_time() - began_s
             if ran_s > _RUN_S:
-                if is_busy():
+                if is_behind():
                     time.sleep(min(_REST * ran_s, _MOST_REST_S))
                 began_s = time.thread_time()
 

@@ -131,25 +131,24 @@ def rests_s(monkeypatch):
 
 
 def test_who_gives_way_rests_three_times_as_long_as_it_runs(rests_s):
-    with giving_way(lambda: True):
+    with giving_way(True, lambda: True):
         called(0.1)
     assert 0.1 < sum(rests_s) < 0.5 and max(rests_s) <= 0.05
     assert len(rests_s) > 20
 
 
-def test_nobody_rests_while_nobody_is_served(rests_s):
-    with giving_way(lambda: False):
+def test_nobody_rests_while_nobody_is_served_or_waits(rests_s):
+    with giving_way(False, lambda: True):
         assert sys.getprofile() is None
         called(0.01)
-    answers = iter([True])  # when it begins, and not later
-    with giving_way(lambda: next(answers, False)):
+    with giving_way(True, lambda: False):
         called(0.01)
     assert rests_s == []
 
 
 def test_only_the_thread_that_gives_way_is_watched_and_only_within(rests_s):
     seen = []
-    with pytest.raises(ValueError), giving_way(lambda: True):
+    with pytest.raises(ValueError), giving_way(True, lambda: True):
         thread = threading.Thread(target=lambda: seen.append(sys.getprofile()))
         thread.start(), thread.join()
         assert sys.getprofile() is not None
