@@ -16,7 +16,7 @@ from typing import Any
 
 QUICK_S = 1e-4  # what a switch costs is some 10 us
 _RUN_S = 2e-4  # of a thread that gives way, between two rests
-_REST = 3.0  # times as long as it ran
+_REST = 5.0  # times as long as it ran
 _CALLS = 128  # between two looks at the clock
 _MOST_REST_S = 0.05  # whatever it did: a compiler runs for long and holds up nobody
 
@@ -63,7 +63,7 @@ TURNS = Turns()
 
 @contextlib.contextmanager
 def giving_way(is_served: bool, is_behind: Callable[[], bool]) -> Iterator[None]:
-    """Let this thread rest three quarters of its time while others wait.
+    """Let this thread rest five sixths of its time while others wait.
 
     Python has no priorities: a thread that traces gets as many turns as the one that
     serves, which is too few for that one where it needs more than half of them. So it
