@@ -259,10 +259,10 @@ def staged(lane: Lane, member: Member) -> Member:
     Any thread may do that, while others are served; what is written then is a copy
     within the device.
     """
-    num_own, lengths = len(member.params), enumerate(species_of(lane, member))
-    banks = {lane.layout.bank_of[s]: length for length, s in lengths}
+    banks = {lane.layout.bank_of[s] for s in species_of(lane, member)}
     own = {i for b in banks for i in _bank.written_leaves(lane.layout, lane.bank, b)}
-    params = _brought_there(lane, member.params, {i for i in own if i < num_own})
+    own &= set(range(len(member.params)))  # and no closed-over array
+    params = _brought_there(lane, member.params, own)
     return replace(member, params=tuple(jax.block_until_ready(params)))
 
 
