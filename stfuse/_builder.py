@@ -17,8 +17,8 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 from absl import logging
 
@@ -350,7 +350,7 @@ class Builder:
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._rows)
 
-    def _politely(self) -> Any:
+    def _politely(self) -> AbstractContextManager[None]:
         """Give way while anybody waits, if a step was answered a moment ago."""
         server = self._server
         is_served = server.is_clock_real and server.clock() - server.read_s < _MOMENT_S

@@ -54,7 +54,7 @@ class Turns:
 
     def _set(self) -> None:
         if sys.getswitchinterval() == self._own_s:
-            sys.setswitchinterval(min(self._before_s, *self._asked_s, sys.maxsize))
+            sys.setswitchinterval(min([self._before_s, *self._asked_s]))
             self._own_s = sys.getswitchinterval()  # in whole microseconds
 
 
