@@ -26,7 +26,7 @@ figures: $(VENV)/.stamp-demo ## make the README's table and the plots from examp
 	$(RUN) examples.figures
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-minilm ## run the whole suite
-	$(RUN) pytest -q
+	$(RUN) pytest -q -n auto
 
 oracle: $(VENV)/.stamp-oracle $(VENV)/.stamp-minilm ## compare models/ with torch and transformers
 	HF_HUB_OFFLINE=1 $(RUN) pytest -q tests/oracle
@@ -79,4 +79,4 @@ matrix-%:
 		touch $(DIR)/.stamp; fi; \
 	echo "== $*: $$($(DIR)/bin/python -V)," \
 		"jax $$($(DIR)/bin/python -c 'import jax; print(jax.__version__)')"; \
-	$(DIR)/bin/python -m pytest -q
+	$(DIR)/bin/python -m pytest -q -n auto

@@ -177,7 +177,7 @@ def test_where_a_value_lives_is_not_part_of_the_key():
         ({"a": 1}, {"b": 1}),
         (object(), object()),
     ],
-    ids=str,
+    ids=lambda x: type(x).__name__ if type(x) is object else str(x),
 )
 def test_what_python_may_call_equal_is_kept_apart(one, other):
     assert Key(canonical(one)) == Key(canonical(one))
