@@ -1,14 +1,55 @@
-"""A JAX device as the engine sees it: compile, put, launch, read."""
+"""A JAX device as the engine sees it: compile, put, launch, read.
+
+Beside an accelerator, what goes into a step and what comes out of it stands in host
+memory that the device reads and writes itself (pinned). Transfers from and to ordinary
+memory are calls of their own, and each gives the interpreter away.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from stfuse._stacked import to_host
+
+_PINNED = "pinned_host"
+
+
+class _Pinned(np.ndarray):
+    """The memory of a pinned array, to be written to.
+
+    Attributes:
+        array: the ``jax.Array``; of parts of it None.
+    """
+
+    array: Any = None
+
+
+class _PinnedStep:
+    """A compiled step whose inputs and outputs are in pinned memory."""
+
+    def __init__(self, jitted: Any, specs: Sequence[Any]) -> None:
+        """Compile."""
+        compiled = jitted.lower(*specs).compile()
+        self._call, self.memory_analysis = compiled, compiled.memory_analysis
+
+    def __call__(self, bank: Any, *staged: Sequence[Any]) -> Any:
+        """Start it, over host buffers from `JaxDevice.allocate`."""
+        return self._call(
+            bank, *[[getattr(x, "array", x) for x in buffers] for buffers in staged]
+        )
+
+
+def _at(where: Any, specs: Any) -> Any:
+    """Return specs that say where their arrays are."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), specs
+    )
 
 
 class JaxDevice:
@@ -16,17 +57,23 @@ class JaxDevice:
 
     Args:
         device: a ``jax.Device``; None for the default one.
+        is_pinned: whether steps read and write pinned memory; None if it is an
+            accelerator that has some.
     """
 
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, *, is_pinned: bool | None = None) -> None:
         """Choose the device."""
         self._device = jax.devices()[0] if device is None else device
         self._sharding = jax.sharding.SingleDeviceSharding(self._device)
+        if is_pinned is None:
+            is_pinned = self.is_accelerator and self._has_pinned
+        self._is_pinned = is_pinned
 
     @property
     def name(self) -> str:
         """What the device is called; part of a compiled step's signature."""
-        return f"{self._device.platform}:{self._device.id}"
+        kind = "-pinned" * self._is_pinned
+        return f"{self._device.platform}{kind}:{self._device.id}"
 
     @property
     def is_accelerator(self) -> bool:
@@ -43,26 +90,62 @@ class JaxDevice:
         """How much of it is in use, whoever uses it; None where it does not say."""
         return (self._device.memory_stats() or {}).get("bytes_in_use")
 
+    @property
+    def _has_pinned(self) -> bool:
+        kinds = {memory.kind for memory in self._device.addressable_memories()}
+        return _PINNED in kinds
+
+    @property
+    def _pinned(self) -> Any:
+        return self._sharding.with_memory_kind(_PINNED)
+
     def put_on_host(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Keep arrays in the host's memory, where the device reads them fastest."""
-        kinds = {memory.kind for memory in self._device.addressable_memories()}
-        if "pinned_host" not in kinds:
+        if not self._has_pinned:
             return tuple(map(np.asarray, leaves))
-        pinned = self._sharding.with_memory_kind("pinned_host")
-        return tuple(jax.device_put(tuple(leaves), pinned))
+        return tuple(jax.device_put(tuple(leaves), self._pinned))
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return a host buffer of zeros, where the device reads it fastest."""
+        zeros = np.zeros(shape, dtype)
+        if not self._is_pinned:
+            return zeros
+        array = jax.block_until_ready(jax.device_put(zeros, self._pinned))
+        if zeros.nbytes:
+            # Nobody else has this array, and no step reads it while it is written to.
+            address = array.unsafe_buffer_pointer()
+            memory: Any = (ctypes.c_byte * zeros.nbytes).from_address(address)
+            zeros = np.frombuffer(memory, zeros.dtype).reshape(shape)
+        buffer = zeros.view(_Pinned)
+        buffer.array = array
+        return buffer
 
     def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
-        """Compile ``step_fn`` ahead of time for this device.
+        """Compile a step ahead of time for this device.
 
         Args:
             step_fn: what to compile.
-            *specs: per argument a pytree of ``jax.ShapeDtypeStruct``.
+            *specs: of the bank, the slots and the inputs, each a pytree of
+                ``jax.ShapeDtypeStruct``.
         """
-        placed = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._sharding),
-            specs,
-        )
-        return jax.jit(step_fn).lower(*placed).compile()
+        if self._is_pinned:
+            try:
+                return self._compile_pinned(step_fn, *specs)
+            except Exception as error:  # if it is not about that, it comes again
+                text = "stfuse: a step is compiled without pinned memory: %s"
+                logging.warning(text, error)
+        return jax.jit(step_fn).lower(*_at(self._sharding, specs)).compile()
+
+    def _compile_pinned(
+        self, step_fn: Callable[..., Any], bank: Any, *staged: Any
+    ) -> Callable[..., Any]:
+        own = self._sharding.with_memory_kind(self._device.default_memory().kind)
+
+        def step(bank: Any, *staged: Any) -> Any:
+            return step_fn(bank, *jax.device_put(staged, own))
+
+        specs = _at(own, bank), *_at(self._pinned, staged)
+        return _PinnedStep(jax.jit(step, out_shardings=self._pinned), specs)
 
     def put(self, tree: Any) -> Any:
         """Copy arrays to the device, unless they are there."""
@@ -76,11 +159,11 @@ class JaxDevice:
         Args:
             compiled: from `compile`.
             bank: device arrays.
-            slots: host arrays.
-            inputs: host buffers, not to be written to before `read` returns.
+            slots: host arrays, from `allocate` or not.
+            inputs: host buffers, the same; not to be written to before `read` returns.
         """
         outputs = compiled(bank, slots, inputs)
-        if self.is_accelerator:
+        if self.is_accelerator and not isinstance(compiled, _PinnedStep):
             for array in outputs:
                 if array is not None:
                     array.copy_to_host_async()

@@ -29,6 +29,7 @@ from stfuse._errors import (
     DeadlineError,
     DeviceError,
     JobError,
+    QueueFullError,
     RequestError,
 )
 from stfuse._flight import Tenant
@@ -39,7 +40,7 @@ from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
 from stfuse._swap import prepared, writing
-from stfuse._turns import TURNS
+from stfuse._turns import REFUSED_S, TURNS
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
@@ -242,6 +243,7 @@ class Engine:
             RequestError: no such job, or malformed inputs.
             QueueFullError: a queue has no room; ``retry_after_s`` says when it may.
             DeadlineError: the deadline has passed, or what waits before takes longer.
+                Both come 0.1 ms late, so that who asks again at once is no burden.
             ClosedError: the engine is closed, or the job is being removed.
             DeviceError: the device is lost, or the job in quarantine since its
                 requests failed alone three times in a row.
@@ -252,7 +254,11 @@ class Engine:
         until_s = tenant.job.slo_s
         if deadline_s is not None:
             until_s = check_seconds(tenant.job, deadline_s, call=call)
-        return self._server.submit(tenant, checked, until_s)
+        try:
+            return self._server.submit(tenant, checked, until_s)
+        except (QueueFullError, DeadlineError):
+            time.sleep(REFUSED_S)
+            raise
 
     def infer(self, name: str, inputs: Any, *, timeout_s: float | None = None) -> Any:
         """Submit and wait.

@@ -55,6 +55,7 @@ class Lane:
         bank: the parameters.
         places: species and slot of each job's programs, by name.
         generations: of the weights that each job's slots hold.
+        allocate: makes host buffers of zeros, of a shape and dtype.
         known: of the weights of jobs that have or may have slots.
         steps: compiled steps by bucket.
         step_s: what each took when it was first measured, seconds.
@@ -71,6 +72,7 @@ class Lane:
     bank: Bank
     places: dict[str, tuple[tuple[int, int], ...]]
     generations: dict[str, int]
+    allocate: Callable[..., np.ndarray] = np.zeros
     known: dict[str, int] = field(default_factory=dict)
     steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
     step_s: dict[Bucket, float] = field(default_factory=dict)
@@ -139,6 +141,7 @@ def build(
         bank=device.put(_bank.pack(layout, _brought(own, layout.capacities, device))),
         places=places,
         generations=held,
+        allocate=getattr(device, "allocate", np.zeros),
         known=dict(held),
     )
 

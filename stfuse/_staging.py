@@ -167,7 +167,7 @@ def _entries(lane: Lane, bucket: Bucket) -> dict[int, list[_Entry]]:
 
 
 def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
-    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), specs(lane, bucket))
+    return jax.tree.map(lambda s: lane.allocate(s.shape, s.dtype), specs(lane, bucket))
 
 
 def _fill_padded(
@@ -176,6 +176,8 @@ def _fill_padded(
     """Copy leaves into one slot's rows, which are wider than theirs; zero the rest."""
     at = 0
     for piece in pieces:
+        if not piece:
+            continue  # an axis of it has no length: there is nothing to copy
         leaf = np.frombuffer(piece, buffer.dtype).reshape(-1, *shape)
         end = at + len(leaf)
         buffer[(slot, slice(at, end), *map(slice, shape))] = leaf

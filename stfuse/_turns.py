@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 QUICK_S = 1e-4  # what a switch costs is some 10 us
+# Who is refused rests so long before it hears of it: a thread that asked again at once
+# would take the interpreter from those who serve the others.
+REFUSED_S = 1e-4
 _RUN_S = 2e-4  # of a thread that gives way, between two rests
 _REST = 5.0  # times as long as it ran
 _CALLS = 128  # between two looks at the clock

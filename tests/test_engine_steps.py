@@ -1,13 +1,15 @@
 """What a step shows of itself: two in flight, its counts, its times, its trace."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import stfuse
-from stfuse import _server
+from stfuse import DeadlineError, QueueFullError, _engine, _server
 from stfuse.testing import FakeDevice, ManualClock, affine_job
 from tests.serving import ROW, busy_with, serve, wait_for
 
@@ -146,6 +148,28 @@ def test_refusals_are_counted_by_their_reason():
     assert (found.queue_full, found.predicted_miss, found.unavailable) == (3, 1, 0)
     assert (found.rejected, found.expired, found.shed) == (4, 2, 6)
     assert math.isfinite(found.p99_s)
+
+
+def test_failure_06_who_is_refused_rests_while_the_others_are_served(monkeypatch):
+    device, rests = FakeDevice(), []
+    with serve(*map(affine_job, "ab"), device=device, max_queue_size=1) as engine:
+        running = busy_with(engine, device, "a")
+        engine.submit("a", ROW)
+
+        def rest(seconds):
+            rests.append(seconds)  # another thread submits meanwhile: no lock is held
+            with ThreadPoolExecutor(1) as pool:
+                others = pool.submit(engine.submit, "b", ROW).result(60)
+            if len(rests) == 1:
+                device.release()
+            others.result(60)
+
+        monkeypatch.setattr(_engine, "time", SimpleNamespace(sleep=rest))
+        for deadline_s, error in (None, QueueFullError), (0.0, DeadlineError):
+            with pytest.raises(error):
+                engine.submit("a", ROW, deadline_s=deadline_s)
+        assert rests == [1e-4, 1e-4]
+        np.testing.assert_array_equal(running.result(60), ROW * 3)
 
 
 def test_every_step_is_annotated_in_a_profile(tmp_path):

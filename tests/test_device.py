@@ -1,0 +1,115 @@
+"""Steps that read and write pinned memory answer what steps of ordinary memory do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stfuse
+from stfuse._device import JaxDevice
+
+ROWS = np.arange(-5, 5, dtype=np.float32).reshape(2, 5)
+
+
+def mixed(p, x):
+    """Return outputs of many kinds, some of them not computed at all."""
+    zeros = jnp.zeros((x.shape[0], 3))
+    return {"as is": x, "zeros": zeros, "none": x[:, :0], "scaled": x * p} | {
+        name: (x * p).astype(name) for name in ("bfloat16", "int8", "bool", "complex64")
+    }
+
+
+def look_up(p, x):
+    return p[jnp.abs(x.astype(jnp.int32))]
+
+
+def mean_step(p, x):
+    return p - 0.1 * x.mean(0)
+
+
+def product(p, x):
+    return jnp.tanh(jnp.dot(x, p, precision="highest"))
+
+
+def jobs():
+    """Return jobs with a request each, of five species; three share one."""
+    rng = np.random.default_rng(0)
+    found = [
+        (stfuse.Job("mixed", mixed, np.float32(3), ROWS[:1]), ROWS),
+        (stfuse.Job("lookup", look_up, ROWS[0], ROWS[:1]), ROWS),
+        (stfuse.Job("empty", lambda p, x: x + p, np.ones(0, "f"), ROWS[:1, :0]),
+         ROWS[:, :0]),
+        (stfuse.Job("step", mean_step, ROWS[0], ROWS, batched=False), ROWS),
+    ]  # fmt: skip
+    for i in range(3):
+        params = rng.normal(size=(5, 4 + i // 2)).astype(np.float32)
+        found.append((stfuse.Job(f"product-{i}", product, params, ROWS[:1]), ROWS + i))
+    return found
+
+
+def answers_of(engine, asked):
+    futures = [engine.submit(job.name, x) for job, x in asked]
+    return [future.result(60) for future in futures]
+
+
+@pytest.fixture
+def serve():
+    """Return a function that builds an engine on the CPU, pinned or not."""
+    engines = []
+
+    def build(is_pinned):
+        device = JaxDevice(jax.devices("cpu")[0], is_pinned=is_pinned)
+        engines.append(stfuse.Engine(device=device, max_batch_size=4))
+        for ready in [engines[-1].add(job) for job, _ in jobs()]:
+            ready.result(60)
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+def test_pinned_steps_answer_the_same_bytes(serve):
+    asked = [pair for pair in jobs() for _ in range(3)]
+    found, expected = (answers_of(serve(is_pinned), asked) for is_pinned in (True, 0))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert one.tobytes() == other.tobytes()
+
+
+def test_an_answer_outlives_the_buffers_that_it_came_through(serve):
+    engine = serve(True)
+    job, x = jobs()[-1]
+    first = engine.infer(job.name, x)
+    kept = first.copy()
+    for i in range(20):
+        engine.infer(job.name, x + i)
+    np.testing.assert_array_equal(first, kept)
+    assert engine.health(timeout_s=60).is_healthy
+
+
+def test_a_buffer_is_what_its_array_holds():
+    device = JaxDevice(jax.devices("cpu")[0], is_pinned=True)
+    buffer = device.allocate((2, 3), np.int32)
+    assert not buffer.any()
+    buffer[...] = np.arange(6).reshape(2, 3)
+    np.testing.assert_array_equal(np.asarray(buffer.array), buffer)
+    assert device.allocate((2, 0), np.int32).shape == (2, 0)
+
+
+def test_what_cannot_be_compiled_so_is_compiled_as_ever(serve, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no such memory")
+
+    monkeypatch.setattr(JaxDevice, "_compile_pinned", refuse)
+    monkeypatch.setattr(JaxDevice, "name", "refusing:0")  # nothing is in the cache
+    asked = jobs()[-3:]
+    for (job, x), found in zip(asked, answers_of(serve(True), asked), strict=True):
+        np.testing.assert_allclose(found, product(job.params, x), rtol=1e-5)
+
+
+def test_a_cpu_has_no_need_of_it():
+    device = JaxDevice(jax.devices("cpu")[0])
+    assert device.name == "cpu:0"
+    assert type(device.allocate((2,), np.float32)) is np.ndarray
