@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from stfuse._queues import Tenant
 from stfuse._types import Bucket, Chunk
 
 
@@ -61,6 +65,15 @@ class LaneBuckets:
         """
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
 
+    def slot_s(self, rows: int) -> float:
+        """Return what a slot of some rows takes where that is least, seconds."""
+        each = [
+            times.step_s / sum(bucket.slots)
+            for bucket, times in self.ready.items()
+            if bucket.rows >= rows
+        ]
+        return min(each, default=0.0)
+
     def _is_dense(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.slots, self.capacities, strict=True)
         return not bucket.is_open and all([k in (0, own) for k, own in pairs])
@@ -93,3 +106,100 @@ def fill(
             for chunk in own[1:]:
                 pick(chunk)
     return picked
+
+
+def best(
+    lane: LaneBuckets,
+    mates: Sequence[Tenant],
+    *,
+    now_s: float,
+    is_one: bool,
+    any_time: bool,
+    beyond: AbstractSet[str] = frozenset(),
+    longest_s: float = math.inf,
+) -> tuple[Bucket, list[Chunk]] | None:
+    """Return the bucket of most rows a second that serves the first tenant.
+
+    Args:
+        lane: theirs.
+        mates: who may be in it, in order.
+        now_s: the time.
+        is_one: whether a step has one request.
+        any_time: whether it counts alike that the first is answered in time, or not.
+        beyond: whose rows do not count.
+        longest_s: what it may take.
+    """
+    first = mates[0]
+    head_s, _, least, *_ = first.queue[0]
+    alike = Counter([t.species for t in mates])  # who compete for the same slots
+    limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
+    cut: list[list[Chunk]] = []
+    is_whole = False  # every queue fits in one slot: more rows would change nothing
+    has_several = False  # slots for some tenant: what an open step is for
+    max_rows = most = 0  # of a slot, and of all that there is to serve
+    found = []  # what each bucket could do at best
+    for bucket, times in lane.ready.items():
+        if bucket.rows < least or times.step_s > longest_s:
+            continue
+        if bucket.rows != max_rows:
+            max_rows = bucket.rows
+            if not is_whole:
+                cut = [_chunks(t, max_rows, limits[t.species], is_one) for t in mates]
+                is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
+                most = sum([_rows(own, beyond) for own in cut])
+                has_several = max(map(len, cut)) > 1
+        if bucket.is_open and not has_several:
+            continue
+        is_in_time = any_time or now_s + times.p99_s <= head_s
+        rows = min(most, sum(bucket.slots) * max_rows)
+        found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
+    found.sort(key=lambda each: each[:2], reverse=True)
+    chosen: tuple[Bucket, list[Chunk]] | None = None
+    best_score = (False, 0.0)
+    for is_in_time, rate, bucket, step_s, own in found:
+        if (is_in_time, rate) <= best_score:
+            break  # nor can any that follows
+        chunks = fill(lane, bucket, own)
+        score = (is_in_time, _rows(chunks, beyond) / step_s)
+        serves_first = chunks and chunks[0].tenant == first.name
+        if serves_first and score > best_score:
+            chosen, best_score = (bucket, chunks), score
+    return chosen
+
+
+def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:
+    """Cut the front of a queue into slots; stop at a request that fits none."""
+    _, request, rows, _, length, _ = tenant.queue[0]
+    is_full = rows == max_rows and limit == 1
+    if rows <= max_rows and (is_one or is_full or len(tenant.queue) == 1):
+        species = tenant.species[length]
+        return [Chunk(tenant.name, (request,), rows, length, species)]
+    found: list[tuple[list[int], int, int]] = []  # requests, rows, length
+    place: dict[int, int] = {}  # where each length's last chunk stands
+    for entry in tenant.queue:
+        size, length = entry.rows, entry.length
+        if size > max_rows:
+            break
+        at = place.get(length)
+        if at is not None and found[at][1] + size <= max_rows and not is_one:
+            requests, rows, _ = found[at]
+            requests.append(entry.request)
+            found[at] = (requests, rows + size, length)
+            continue
+        if len(found) == (1 if is_one else limit):
+            break
+        place[length] = len(found)
+        found.append(([entry.request], size, length))
+    return [
+        Chunk(tenant.name, tuple(requests), rows, length, tenant.species[length])
+        for requests, rows, length in found
+    ]
+
+
+def _rows(chunks: Sequence[Chunk], but: AbstractSet[str]) -> int:
+    """Return the rows of chunks, without those of some tenants."""
+    return sum([c.rows for c in chunks if c.tenant not in but])
+
+
+def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:
+    return len(own) == 1 and len(own[0].requests) == len(tenant.queue)

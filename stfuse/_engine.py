@@ -69,7 +69,7 @@ class Engine:
             beyond it live on the host while they have no requests.
         switch_interval_s: until `close`, the longest turn of a busy thread of this
             process (`sys.setswitchinterval`): the device waits for it several times a
-            step. None: 0.1 ms on an accelerator, elsewhere what it is.
+            step. None: 0.5 ms on an accelerator, elsewhere what it is.
         device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
             for JAX's default device.
         clock: returns seconds and never goes back.

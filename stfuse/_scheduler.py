@@ -16,7 +16,7 @@ Rules:
     A step takes the ready bucket that serves most rows per predicted second among those
     that serve the first tenant in order. So work is fused where the measured times say
     that it pays, and nowhere else. Where shares are strict, rows of tenants that are
-    more than a step ahead of the others fill its slots and do not count.
+    beyond theirs fill its slots and do not count; alone they have short steps only.
     While a step leaves work waiting, throughput decides alone, and requests are dropped
     that a step as long as the last ones would answer after their deadline: they would
     only make the next ones late. Else a bucket that answers the first request in time
@@ -26,12 +26,13 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from stfuse._admission import Admission, Bounds
-from stfuse._buckets import LaneBuckets, Times, fill
+from stfuse._buckets import LaneBuckets, Times, best
 from stfuse._queues import Queues, Tenant
+from stfuse._shares import Shares
 from stfuse._types import (
     Batch,
     Bucket,
@@ -80,7 +81,8 @@ class Scheduler:
         self._policy = policy
         self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
-        self._has_strict_shares = strict_shares
+        self._shares = Shares() if strict_shares else None
+        self._beyond: set[str] = set()  # their shares, of those looked at last
         self._admission = Admission(policy, bounds or Bounds(max_queue_size))
         self._queues = Queues(policy, self._emptied)
         self._tenants: dict[str, Tenant] = {}
@@ -140,6 +142,8 @@ class Scheduler:
                 self._max_queue_delay_s = 0.0
             case Join():
                 self._tenants[event.tenant] = Tenant(event.tenant, event.weight)
+                if self._shares:
+                    self._shares.join(event.tenant, event.weight)
             case Leave():
                 self._leave(event.tenant)
 
@@ -159,14 +163,14 @@ class Scheduler:
         i = 0
         while decision is None and (first := _at(seen, i, order)):
             lane = self._lanes.get(first.lane or "")
-            best = None
+            found = None
             if lane is not None and lane.ready:
                 mates = self._mates(lane, first, i, seen, order)
-                best = self._best(lane, first, mates, now_s)
-            if best is None:
+                found = self._best(lane, mates, now_s)
+            if found is None:
                 self._queues.park(first)
             else:
-                decision = self._decided(first, lane, mates, best, expired, now_s)
+                decision = self._decided(first, lane, mates, found, expired, now_s)
             i += 1
         for tenant in seen:
             if tenant.queue:
@@ -217,13 +221,13 @@ class Scheduler:
         first: Tenant,
         lane: LaneBuckets | None,
         mates: Sequence[Tenant],
-        best: tuple[Bucket, list[Chunk]],
+        found: tuple[Bucket, list[Chunk]],
         expired: Sequence[int],
         now_s: float,
     ) -> Decision:
         """Return a batch, or until when it may wait for company."""
         assert lane is not None
-        bucket, chunks = best
+        bucket, chunks = found
         times = lane.ready[bucket]
         num_taken = sum(len(chunk.requests) for chunk in chunks)
         if self._max_queue_delay_s and num_taken == len(self._queues):
@@ -270,89 +274,32 @@ class Scheduler:
         if tenant is not None:
             tenant.is_leaving = True
             if not tenant.queue:
-                del self._tenants[name]
+                self._emptied(tenant)
 
     def _emptied(self, tenant: Tenant) -> None:
         """Forget a tenant that was leaving and has nothing left."""
         if tenant.is_leaving:
             del self._tenants[tenant.name]
-
-    def _chunks(self, tenant: Tenant, max_rows: int, limit: int) -> list[Chunk]:
-        """Cut the front of a queue into slots; stop at a request that fits none."""
-        _, request, rows, _, length, _ = tenant.queue[0]
-        is_one = self._policy is Policy.TIME
-        is_full = rows == max_rows and limit == 1
-        if rows <= max_rows and (is_one or is_full or len(tenant.queue) == 1):
-            species = tenant.species[length]
-            return [Chunk(tenant.name, (request,), rows, length, species)]
-        found: list[tuple[list[int], int, int]] = []  # requests, rows, length
-        place: dict[int, int] = {}  # where each length's last chunk stands
-        for entry in tenant.queue:
-            size, length = entry.rows, entry.length
-            if size > max_rows:
-                break
-            at = place.get(length)
-            if at is not None and found[at][1] + size <= max_rows and not is_one:
-                requests, rows, _ = found[at]
-                requests.append(entry.request)
-                found[at] = (requests, rows + size, length)
-                continue
-            if len(found) == (1 if is_one else limit):
-                break
-            place[length] = len(found)
-            found.append(([entry.request], size, length))
-        return [
-            Chunk(tenant.name, tuple(requests), rows, length, tenant.species[length])
-            for requests, rows, length in found
-        ]
+            if self._shares:
+                self._shares.leave(tenant.name)
 
     def _best(
-        self, lane: LaneBuckets, first: Tenant, mates: Sequence[Tenant], now_s: float
+        self, lane: LaneBuckets, mates: Sequence[Tenant], now_s: float
     ) -> tuple[Bucket, list[Chunk]] | None:
-        """Return the bucket of most rows a second that serves the first tenant."""
-        head_s, _, least, *_ = first.queue[0]
-        alike = Counter([t.species for t in mates])  # who compete for the same slots
-        limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
-        ahead = self._ahead(mates)  # who only fill what the others leave free
-        cut: list[list[Chunk]] = []
-        is_whole = False  # every queue fits in one slot: more rows would change nothing
-        has_several = False  # slots for some tenant: what an open step is for
-        max_rows = most = 0  # of a slot, and of all that there is to serve
-        found = []  # what each bucket could do at best
-        for bucket, times in lane.ready.items():
-            if bucket.rows < least:
-                continue
-            if bucket.rows != max_rows:
-                max_rows = bucket.rows
-                if not is_whole:
-                    cut = [self._chunks(t, max_rows, limits[t.species]) for t in mates]
-                    is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
-                    most = sum([_rows(own, ahead) for own in cut])
-                    has_several = max(map(len, cut)) > 1
-            if bucket.is_open and not has_several:
-                continue
-            is_in_time = self._is_contended or now_s + times.p99_s <= head_s
-            rows = min(most, sum(bucket.slots) * max_rows)
-            found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
-        found.sort(key=lambda each: each[:2], reverse=True)
-        best: tuple[Bucket, list[Chunk]] | None = None
-        best_score = (False, 0.0)
-        for is_in_time, rate, bucket, step_s, own in found:
-            if (is_in_time, rate) <= best_score:
-                break  # nor can any that follows
-            chunks = fill(lane, bucket, own)
-            score = (is_in_time, _rows(chunks, ahead) / step_s)
-            serves_first = chunks and chunks[0].tenant == first.name
-            if serves_first and score > best_score:
-                best, best_score = (bucket, chunks), score
-        return best
-
-    def _ahead(self, mates: Sequence[Tenant]) -> set[str]:
-        """Return whose rows do not count, where shares are strict: not all of them."""
-        if not self._has_strict_shares:
-            return set()
-        found = {tenant.name for tenant in mates if self._queues.is_ahead(tenant)}
-        return found if len(found) < len(mates) else set()
+        """Return what serves most rows a second, of those that count."""
+        is_one = self._policy is Policy.TIME
+        of = partial(
+            best, lane, now_s=now_s, is_one=is_one, any_time=self._is_contended
+        )
+        if self._shares is None:
+            return of(mates)
+        rows = mates[0].queue[0].rows
+        beyond = self._beyond = self._shares.beyond(mates, lane, rows, now_s)
+        if len(beyond) == len(mates):
+            return of(mates, longest_s=self._shares.longest_s(lane, rows, now_s))
+        # Those beyond fill what the others leave free.
+        ordered = sorted(mates, key=lambda tenant: tenant.name in beyond)
+        return of(ordered, beyond=beyond) or of(mates)
 
     def _hold_until_s(
         self, mates: Sequence[Tenant], p99_s: float, now_s: float
@@ -376,20 +323,13 @@ class Scheduler:
         self._num_slots = len(chunks)
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
+        if self._shares:
+            self._shares.spend(tenants, self._beyond, lane, bucket.rows, now_s)
         for tenant, chunk in zip(tenants, chunks, strict=True):
             tenant.turn = self._num_steps
             self._queues.drop(tenant, chunk.requests)
         self._is_contended = len(self._queues) > 0
         self._admission.pace.start(now_s, step_s, lane.slots, lane.rows, lane.is_dense)
-
-
-def _rows(chunks: Sequence[Chunk], but: set[str]) -> int:
-    """Return the rows of chunks, without those of some tenants."""
-    return sum([c.rows for c in chunks if c.tenant not in but])
-
-
-def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:
-    return len(own) == 1 and len(own[0].requests) == len(tenant.queue)
 
 
 def _at(seen: list[Tenant], i: int, order: Iterator[Tenant]) -> Tenant | None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-QUICK_S = 1e-4  # what a switch costs is some 10 us
+QUICK_S = 5e-4  # what a switch costs is some 10 us
 # Who is refused rests so long before it hears of it: a thread that asked again at once
 # would take the interpreter from those who serve the others.
 REFUSED_S = 1e-4
