@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,7 +114,7 @@ def best(
     now_s: float,
     is_one: bool,
     any_time: bool,
-    beyond: AbstractSet[str] = frozenset(),
+    claims: Mapping[str, int] | None = None,
     longest_s: float = math.inf,
 ) -> tuple[Bucket, list[Chunk]] | None:
     """Return the bucket of most rows a second that serves the first tenant.
@@ -126,7 +125,7 @@ def best(
         now_s: the time.
         is_one: whether a step has one request.
         any_time: whether it counts alike that the first is answered in time, or not.
-        beyond: whose rows do not count.
+        claims: how many slots of each tenant count; None for all.
         longest_s: what it may take.
     """
     first = mates[0]
@@ -146,7 +145,7 @@ def best(
             if not is_whole:
                 cut = [_chunks(t, max_rows, limits[t.species], is_one) for t in mates]
                 is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
-                most = sum([_rows(own, beyond) for own in cut])
+                most = sum([_rows(own, claims) for own in cut])
                 has_several = max(map(len, cut)) > 1
         if bucket.is_open and not has_several:
             continue
@@ -160,7 +159,7 @@ def best(
         if (is_in_time, rate) <= best_score:
             break  # nor can any that follows
         chunks = fill(lane, bucket, own)
-        score = (is_in_time, _rows(chunks, beyond) / step_s)
+        score = (is_in_time, _rows(chunks, claims) / step_s)
         serves_first = chunks and chunks[0].tenant == first.name
         if serves_first and score > best_score:
             chosen, best_score = (bucket, chunks), score
@@ -196,9 +195,16 @@ def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chu
     ]
 
 
-def _rows(chunks: Sequence[Chunk], but: AbstractSet[str]) -> int:
-    """Return the rows of chunks, without those of some tenants."""
-    return sum([c.rows for c in chunks if c.tenant not in but])
+def _rows(chunks: Sequence[Chunk], claims: Mapping[str, int] | None) -> int:
+    """Return the rows of chunks, of so many of each tenant."""
+    if claims is None:
+        return sum([chunk.rows for chunk in chunks])
+    rows, seen = 0, Counter[str]()
+    for chunk in chunks:
+        seen[chunk.tenant] += 1
+        if seen[chunk.tenant] <= claims[chunk.tenant]:
+            rows += chunk.rows
+    return rows
 
 
 def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:

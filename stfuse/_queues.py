@@ -233,10 +233,10 @@ class Queues:
             found += late
         return found
 
-    def next_deadline_s(self) -> float | None:
-        """Return the earliest deadline of all."""
+    def next_deadline_s(self) -> float:
+        """Return the earliest deadline of all, infinite if there is none."""
         top = self._first_expiring()
-        return top[0] if top else None
+        return top[0] if top else math.inf
 
     def _first_expiring(self) -> Any:
         heap = self._expiring

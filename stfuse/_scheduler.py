@@ -82,7 +82,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
         self._shares = Shares() if strict_shares else None
-        self._beyond: set[str] = set()  # their shares, of those looked at last
+        self._claims: dict[str, int] = {}  # to slots, of those looked at last
         self._admission = Admission(policy, bounds or Bounds(max_queue_size))
         self._queues = Queues(policy, self._emptied)
         self._tenants: dict[str, Tenant] = {}
@@ -160,24 +160,32 @@ class Scheduler:
         seen: list[Tenant] = []
         order = self._order(seen, now_s, expired)
         decision = None
+        held: dict[str | None, float] = {}  # lanes where nobody may start yet
         i = 0
         while decision is None and (first := _at(seen, i, order)):
+            i += 1
+            if first.lane in held:
+                continue
             lane = self._lanes.get(first.lane or "")
             found = None
             if lane is not None and lane.ready:
-                mates = self._mates(lane, first, i, seen, order)
-                found = self._best(lane, mates, now_s)
+                mates = self._mates(lane, first, i - 1, seen, order)
+                start_s, found = self._best(lane, mates, now_s)
+                if start_s > now_s:
+                    held[first.lane] = start_s
+                    continue
             if found is None:
                 self._queues.park(first)
             else:
                 decision = self._decided(first, lane, mates, found, expired, now_s)
-            i += 1
         for tenant in seen:
             if tenant.queue:
                 self._queues.place(tenant)
         if decision is None:
-            until_s = self._queues.next_deadline_s()
-            return Decision(None, tuple(expired), until_s)
+            until_s = min([self._queues.next_deadline_s(), *held.values()])
+            return Decision(
+                None, tuple(expired), None if until_s == math.inf else until_s
+            )
         return decision
 
     def _order(
@@ -285,21 +293,24 @@ class Scheduler:
 
     def _best(
         self, lane: LaneBuckets, mates: Sequence[Tenant], now_s: float
-    ) -> tuple[Bucket, list[Chunk]] | None:
-        """Return what serves most rows a second, of those that count."""
-        is_one = self._policy is Policy.TIME
-        of = partial(
-            best, lane, now_s=now_s, is_one=is_one, any_time=self._is_contended
-        )
+    ) -> tuple[float, tuple[Bucket, list[Chunk]] | None]:
+        """Return from when on what may serve most rows a second, of those that count.
+
+        If that is later, it is not said what.
+        """
+        rules = {"is_one": self._policy is Policy.TIME, "any_time": self._is_contended}
+        of = partial(best, lane, now_s=now_s, **rules)
         if self._shares is None:
-            return of(mates)
+            return now_s, of(mates)
         rows = mates[0].queue[0].rows
-        beyond = self._beyond = self._shares.beyond(mates, lane, rows, now_s)
-        if len(beyond) == len(mates):
-            return of(mates, longest_s=self._shares.longest_s(lane, rows, now_s))
+        claims = self._claims = self._shares.claims(mates, lane, rows, now_s)
+        if not any(claims.values()):
+            start_s, longest_s = self._shares.turn(lane, rows, now_s)
+            is_later = start_s > now_s
+            return start_s, None if is_later else of(mates, longest_s=longest_s)
         # Those beyond fill what the others leave free.
-        ordered = sorted(mates, key=lambda tenant: tenant.name in beyond)
-        return of(ordered, beyond=beyond) or of(mates)
+        ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
+        return now_s, of(ordered, claims=claims) or of(mates)
 
     def _hold_until_s(
         self, mates: Sequence[Tenant], p99_s: float, now_s: float
@@ -324,7 +335,7 @@ class Scheduler:
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
         if self._shares:
-            self._shares.spend(tenants, self._beyond, lane, bucket.rows, now_s)
+            self._shares.spend(tenants, self._claims, lane, bucket, now_s)
         for tenant, chunk in zip(tenants, chunks, strict=True):
             tenant.turn = self._num_steps
             self._queues.drop(tenant, chunk.requests)

@@ -8,14 +8,16 @@ out of it. Whoever has more in it than a few slots is beyond its share for now.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from stfuse._buckets import LaneBuckets
 from stfuse._queues import Tenant
+from stfuse._types import Bucket
 
-_BURST = 8.0  # slots: as many requests at once are nobody's flood
+_BURST = 8.0  # slots, where shares are equal: so many at once are nobody's flood
 _RECENT_S = 1.0  # others count as here so long after they were served
 _SHORT = 1.25  # times the shortest step: what a step may take that serves no other
+_REST = 8.0  # times as long as it took until the next one of those
 
 
 class Shares:
@@ -24,22 +26,26 @@ class Shares:
     def __init__(self) -> None:
         """Start with no tenants."""
         self._weights: dict[str, float] = {}
+        self._whole = 0.0
         self._spent: dict[str, tuple[float, float]] = {}  # seconds, and as of when
         self._others_s = -math.inf  # when somebody within its share was served
+        self._rested_s = -math.inf  # when those beyond may have a step of their own
 
     def join(self, name: str, weight: float) -> None:
         """Take note of a tenant."""
         self._weights[name] = weight
+        self._whole = sum(self._weights.values())
 
     def leave(self, name: str) -> None:
         """Forget one."""
         self._weights.pop(name, None)
         self._spent.pop(name, None)
+        self._whole = sum(self._weights.values())
 
-    def beyond(
+    def claims(
         self, tenants: Iterable[Tenant], lane: LaneBuckets, rows: int, now_s: float
-    ) -> set[str]:
-        """Return the names of those that are beyond their shares.
+    ) -> dict[str, int]:
+        """Return how many slots of the next step each is entitled to, 0 if beyond.
 
         Args:
             tenants: of one lane.
@@ -47,17 +53,20 @@ class Shares:
             rows: of a slot that they need.
             now_s: the time.
         """
-        most_s = _BURST * lane.slot_s(rows)
-        whole = sum(self._weights.values())
-        return {
-            tenant.name
-            for tenant in tenants
-            if tenant.name in self._spent
-            and self._left_s(tenant.name, whole, now_s) > most_s
-        }
+        slot_s, found = lane.slot_s(rows), {}
+        for tenant in tenants:
+            name, share = tenant.name, self._share(tenant.name)
+            most = max(_BURST * share * len(self._weights), 1.0)
+            left = self._left_s(name, share, now_s) / slot_s
+            # Rounded: what ran out exactly is not a last bit short of it.
+            found[name] = max(math.ceil(round(most - left, 6)), 0)
+        return found
 
-    def longest_s(self, lane: LaneBuckets, rows: int, now_s: float) -> float:
-        """Return how long a step may take that serves but those beyond their shares.
+    def turn(self, lane: LaneBuckets, rows: int, now_s: float) -> tuple[float, float]:
+        """Return when a step may serve only those beyond their shares, and how long.
+
+        Any, and at once, if nobody else is about. Else a short one now and then: who
+        comes meanwhile waits for it, and the host is busy with it.
 
         Args:
             lane: theirs.
@@ -65,35 +74,42 @@ class Shares:
             now_s: the time.
         """
         if now_s - self._others_s > _RECENT_S:
-            return math.inf
+            return now_s, math.inf
         times = [t.step_s for bucket, t in lane.ready.items() if bucket.rows >= rows]
-        return _SHORT * min(times, default=0.0)
+        shortest_s = min(times, default=0.0)
+        # No later than that: the clock may have gone back.
+        self._rested_s = min(self._rested_s, now_s + _REST * shortest_s)
+        return self._rested_s, _SHORT * shortest_s
 
     def spend(
         self,
         tenants: Sequence[Tenant],
-        beyond: set[str],
+        claims: Mapping[str, int],
         lane: LaneBuckets,
-        rows: int,
+        bucket: Bucket,
         now_s: float,
     ) -> None:
         """Take note of a step.
 
         Args:
             tenants: whom it serves, once per slot.
-            beyond: who of them is beyond its share.
+            claims: of slots that they had.
             lane: theirs.
-            rows: of its slots.
+            bucket: the step's.
             now_s: the time.
         """
-        slot_s, whole = lane.slot_s(rows), sum(self._weights.values())
+        slot_s = lane.slot_s(bucket.rows)
         for tenant in tenants:
-            left_s = self._left_s(tenant.name, whole, now_s)
+            left_s = self._left_s(tenant.name, self._share(tenant.name), now_s)
             self._spent[tenant.name] = left_s + slot_s, now_s
-        if any(tenant.name not in beyond for tenant in tenants):
+        if any(claims[tenant.name] for tenant in tenants):
             self._others_s = now_s
+        else:
+            self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 
-    def _left_s(self, name: str, whole: float, now_s: float) -> float:
+    def _share(self, name: str) -> float:
+        return self._weights.get(name, 0.0) / self._whole
+
+    def _left_s(self, name: str, share: float, now_s: float) -> float:
         spent_s, at_s = self._spent.get(name, (0.0, now_s))
-        share = self._weights.get(name, 0.0) / whole
         return max(spent_s - share * max(now_s - at_s, 0.0), 0.0)

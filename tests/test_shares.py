@@ -2,8 +2,6 @@
 
 import math
 
-import pytest
-
 from stfuse._buckets import LaneBuckets, Times
 from stfuse._queues import Tenant
 from stfuse._shares import Shares
@@ -29,27 +27,30 @@ def shares_of(**weights):
 def serve(shares, name, slots, now_s):
     """Serve a tenant, whoever is beyond its share; return whether it is then."""
     one, all_of = Tenant(name, 1.0), lane()
-    beyond = shares.beyond([one], all_of, 1, now_s)
-    shares.spend([one] * slots, beyond, all_of, 1, now_s)
-    return bool(shares.beyond([one], all_of, 1, now_s))
+    claims = shares.claims([one], all_of, 1, now_s)
+    shares.spend([one] * slots, claims, all_of, Bucket((1,), 1), now_s)
+    return not shares.claims([one], all_of, 1, now_s)[name]
 
 
 def test_a_burst_is_no_flood_and_runs_out_with_time():
-    shares = shares_of(a=1.0, b=3.0)
-    assert not serve(shares, "a", 8, 0.0)
+    shares = shares_of(a=1.0, b=1.0)
+    assert not serve(shares, "a", 7, 0.0)
     assert serve(shares, "a", 1, 0.0)
-    one = [Tenant("a", 1.0)]
-    assert shares.beyond(one, lane(), 1, 0.39) == {"a"}  # a quarter of it ran out
-    assert not shares.beyond(one, lane(), 1, 0.41)
-    assert not shares.beyond([Tenant("b", 1.0)], lane(), 1, 0.0)
+    both = [Tenant(name, 1.0) for name in "ab"]
+    assert shares.claims(both, lane(), 1, 0.0) == {"a": 0, "b": 8}
+    # Half of the time runs out of it, and a slot of a full step takes 0.1 s.
+    assert shares.claims(both, lane(), 1, 0.19)["a"] == 1
+    assert shares.claims(both, lane(), 1, 0.21)["a"] == 2
+    assert shares.claims(both, lane(), 1, 9.0)["a"] == 8
 
 
-def test_a_weight_says_how_fast_it_runs_out():
-    shares = shares_of(a=1.0, b=3.0)
+def test_a_weight_says_how_much_it_holds_and_how_fast_that_runs_out():
+    shares, all_of = shares_of(a=1.0, b=3.0), lane()
+    both = [Tenant(name, 1.0) for name in "ab"]
+    assert shares.claims(both, all_of, 1, 0.0) == {"a": 4, "b": 12}
     for name in "ab":
         assert serve(shares, name, 20, 0.0)
-    both = [Tenant(name, 1.0) for name in "ab"]
-    assert shares.beyond(both, lane(), 1, 2.0) == {"a"}
+    assert shares.claims(both, all_of, 1, 2.0) == {"a": 0, "b": 7}
 
 
 def test_who_asks_for_its_share_is_never_beyond_it():
@@ -58,20 +59,29 @@ def test_who_asks_for_its_share_is_never_beyond_it():
     assert any(serve(shares, "a", 1, 100 + 0.8 * i) for i in range(100))
 
 
-def test_those_beyond_have_short_steps_while_others_are_about():
+def test_those_beyond_have_short_steps_now_and_then_while_others_are_about():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
-    assert shares.longest_s(all_of, 1, 0.0) == math.inf
+    assert shares.turn(all_of, 1, 0.0) == (0.0, math.inf)
     assert not serve(shares, "b", 1, 0.0)
-    assert serve(shares, "a", 20, 0.5)
-    assert shares.longest_s(all_of, 1, 1.4) == pytest.approx(1.25)
-    assert serve(shares, "a", 9, 1.4)  # beyond its share, it is not somebody
-    assert shares.longest_s(all_of, 1, 1.6) == math.inf
+    assert serve(shares, "a", 20, 0.2)
+    assert shares.turn(all_of, 1, 0.3)[0] < 0.3
+    assert serve(shares, "a", 9, 0.3)  # a step of one second, its own
+    assert shares.turn(all_of, 1, 0.9) == (0.3 + 8.0, 1.25)
+    assert shares.turn(all_of, 1, 1.3) == (1.3, math.inf)  # nobody else for a second
+
+
+def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
+    shares, all_of = shares_of(a=1.0, b=1.0), lane()
+    assert not serve(shares, "b", 1, 1000.0)
+    assert serve(shares, "a", 20, 1000.0) and serve(shares, "a", 9, 1000.0)
+    assert shares.turn(all_of, 1, 5.0) == (13.0, 1.25)
+    assert shares.turn(all_of, 1, 12.0) == (13.0, 1.25)
 
 
 def test_a_clock_that_goes_back_gives_and_takes_nothing():
     shares = shares_of(a=1.0)
     assert serve(shares, "a", 9, 100.0)
-    assert shares.beyond([Tenant("a", 1.0)], lane(), 1, 50.0) == {"a"}
+    assert shares.claims([Tenant("a", 1.0)], lane(), 1, 50.0) == {"a": 0}
 
 
 def test_who_left_and_comes_back_starts_anew():
@@ -79,4 +89,4 @@ def test_who_left_and_comes_back_starts_anew():
     assert serve(shares, "a", 9, 0.0)
     shares.leave("a")
     shares.join("a", 1.0)
-    assert not shares.beyond([Tenant("a", 1.0)], lane(), 1, 0.0)
+    assert shares.claims([Tenant("a", 1.0)], lane(), 1, 0.0) == {"a": 8}
