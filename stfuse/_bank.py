@@ -244,6 +244,17 @@ def write(
     return Bank(tuple(arrays))
 
 
+def emptied(layout: Layout, bank: Bank) -> Bank:
+    """Return a bank like another one, zeros but for the leaves that are kept once."""
+    arrays = list(bank.stacks)
+    for i, buffer in enumerate(layout.params):
+        a, k = layout.array_of(i)
+        if k is not None or is_stacked(bank.stacks[a], buffer):
+            like = bank.stacks[a]
+            arrays[a] = jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    return Bank(tuple(arrays))
+
+
 def written_leaves(layout: Layout, bank: Bank, b: int) -> set[int]:
     """Return which leaves of a job `write` writes: those that are not kept once."""
     found = set()

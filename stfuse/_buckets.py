@@ -65,13 +65,16 @@ class LaneBuckets:
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
 
     def slot_s(self, rows: int) -> float:
-        """Return what a slot of some rows takes where that is least, seconds."""
+        """Return what a slot of some rows takes where that is least, seconds.
+
+        Infinite if none that is ready has so many.
+        """
         each = [
             times.step_s / sum(bucket.slots)
             for bucket, times in self.ready.items()
             if bucket.rows >= rows
         ]
-        return min(each, default=0.0)
+        return min(each, default=math.inf)
 
     def _is_dense(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.slots, self.capacities, strict=True)

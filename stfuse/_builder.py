@@ -4,8 +4,9 @@ Rules:
     A job joins a running lane without compiling when its program is there, a slot is
     free, and it has the shared leaves' values; else its lane is built anew beside the
     old one, which goes on serving until the new one's first bucket is compiled.
-    While others are served, a new job does not wait for that: a small lane of its own
-    serves it until the shared one takes it in.
+    If that one is full, a lane like it takes the job, with nothing to compile.
+    While others are served, any other new job does not wait for that: a small lane of
+    its own serves it until the shared one takes it in.
     The first bucket covers all others, so the lane serves at once, if not yet at full
     speed; a job is ready when all of them are compiled and measured. A lane that takes
     over from another one first has what that one has, unless many wait for it.
@@ -24,14 +25,15 @@ from absl import logging
 
 from stfuse import _cost, _lane
 from stfuse._answers import resolve_all
-from stfuse._cache import buckets, next_power_of_two
+from stfuse._cache import buckets
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
 from stfuse._members import SHARED, refusal
 from stfuse._memory import DoesNotFit, Memory, bank_bytes
-from stfuse._regroup import Regroup, program
+from stfuse._regroup import Regroup, fewer_slots, program
 from stfuse._residency import as_install
 from stfuse._server import Server
+from stfuse._siblings import Siblings
 from stfuse._turns import QUICK_S, TURNS, giving_way
 from stfuse._types import Bucket, Policy
 
@@ -66,6 +68,7 @@ class Builder:
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
+        self._siblings = Siblings(server, self._memory, max_slots, self.request)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
@@ -154,6 +157,12 @@ class Builder:
             new = [t for t in new if not self._waits_for_slot(lane, t)]
             if not new and name not in self._stale:
                 return lane
+            if name == SHARED:
+                self._siblings.take(lane, [t for t in new if not t.is_placed])
+                new = [t for t in new if t.wanted == name]
+                if not new and name not in self._stale:
+                    return lane
+                tenants = [t for t in tenants if t.wanted == name]
         if name == SHARED and name in self._server.lanes:
             self._serve_alone([t for t in new if not t.is_placed])
         lane = self._rebuild(name, tenants)
@@ -212,7 +221,7 @@ class Builder:
             try:
                 lane = self._build(name, tenants, capacity, is_small=is_small)
             except DoesNotFit:
-                capacity = _fewer(tenants, capacity)
+                capacity = fewer_slots(tenants, capacity)
                 if capacity is None:
                     raise
                 continue
@@ -387,14 +396,3 @@ class Builder:
                 self.request(tenant.lane)
             else:
                 self._server.members.refuse(tenant, refusal("add", tenant, error))
-
-
-def _fewer(tenants: Sequence[Tenant], capacity: int | None) -> int | None:
-    """Return half the slots, None if pinned jobs or those left need more."""
-    of: dict[object, list[bool]] = {}
-    for tenant in tenants:
-        of.setdefault(program(tenant), []).append(tenant.job.pinned)
-    most = capacity or next_power_of_two(max(map(len, of.values())))
-    fewer = most // 2
-    has_room = all(len(p) <= fewer or sum(p) < fewer for p in of.values())
-    return fewer if fewer and has_room else None

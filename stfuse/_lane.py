@@ -146,6 +146,26 @@ def build(
     )
 
 
+def sibling(lane: Lane, name: str) -> Lane:
+    """Return a lane like another one, with its steps, and nobody in it.
+
+    Leaves that all of its jobs share are the same arrays.
+    """
+    bank = _bank.emptied(lane.layout, lane.bank)
+    return replace(
+        lane,
+        name=name,
+        bank=bank,
+        places={},
+        generations={},
+        known={},
+        steps=dict(lane.steps),
+        step_s=dict(lane.step_s),
+        step_bytes=dict(lane.step_bytes),
+        buffers={},
+    )
+
+
 def _places(
     programs: Sequence[tuple[Member, int]],
     species: Sequence[Species],

@@ -6,11 +6,12 @@ The builder asks, and carries it out off the request path; `_stragglers` decides
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from absl import logging
 
 from stfuse import _lane
+from stfuse._cache import next_power_of_two
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
 from stfuse._members import SHARED
@@ -189,6 +190,17 @@ class Regroup:
 def program(tenant: Tenant) -> Hashable:
     """Return what jobs of one group have in common."""
     return tuple(trace.key for trace in tenant.member.traces)
+
+
+def fewer_slots(tenants: Sequence[Tenant], capacity: int | None) -> int | None:
+    """Return half the slots, None if pinned jobs or those left need more."""
+    of: dict[object, list[bool]] = {}
+    for tenant in tenants:
+        of.setdefault(program(tenant), []).append(tenant.job.pinned)
+    most = capacity or next_power_of_two(max(map(len, of.values())))
+    fewer = most // 2
+    has_room = all(len(p) <= fewer or sum(p) < fewer for p in of.values())
+    return fewer if fewer and has_room else None
 
 
 def _group(lane: Lane, tenants: list[Tenant]) -> Group:

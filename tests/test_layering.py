@@ -15,8 +15,8 @@ ORDER = (
     "_together _evaluate _layout _bank _part _step _stacked _cache _tuned _fuse "
     "_metrics metrics _queues _admission _buckets _shares _scheduler _arrivals "
     "_simulate _stragglers _device _lane _staging _memory _answers _flight _books "
-    "_health _canary _faults _residency _members _server _regroup _builder _swap "
-    "_supervise _engine __init__ testing"
+    "_health _canary _faults _residency _members _server _regroup _siblings "
+    "_builder _swap _supervise _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
 FOLDERS = {

@@ -84,6 +84,12 @@ def test_a_clock_that_goes_back_gives_and_takes_nothing():
     assert shares.claims([Tenant("a", 1.0)], lane(), 1, 50.0) == {"a": 0}
 
 
+def test_where_no_step_has_so_many_rows_nobody_is_beyond():
+    shares = shares_of(a=1.0)
+    assert serve(shares, "a", 9, 0.0)
+    assert shares.claims([Tenant("a", 1.0)], lane(), 2, 0.0) == {"a": 8}
+
+
 def test_who_left_and_comes_back_starts_anew():
     shares = shares_of(a=1.0, b=1.0)
     assert serve(shares, "a", 9, 0.0)

@@ -1,0 +1,99 @@
+"""Lanes like a full one, for more jobs of its programs: nothing is traced or compiled.
+
+A lane whose banks have as many slots as a step may have would gain nothing by more of
+them, and whatever is compiled beside others is in their way: a compiler tries its
+kernels on the device that they are served by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from stfuse import _lane
+from stfuse._flight import Tenant
+from stfuse._lane import Lane, Member
+from stfuse._memory import Memory, bank_bytes
+from stfuse._residency import as_install
+from stfuse._server import Server
+
+
+class Siblings:
+    """The lanes that are like the shared one.
+
+    Args:
+        server: whose lanes.
+        memory: of its device.
+        max_slots: most slots of a step.
+        request: has a lane brought up to date.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        memory: Memory,
+        max_slots: int,
+        request: Callable[[str], None],
+    ) -> None:
+        """Start with none."""
+        self._server = server
+        self._memory = memory
+        self._max_slots = max_slots
+        self._request = request
+        self._names: set[str] = set()
+        self._num = 0
+
+    def take(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
+        """Give jobs a slot each of lanes like a full one, those that can be there.
+
+        Not if the lane is not full, has not a job's programs or its shared leaves, or
+        there is no memory for another one.
+
+        Args:
+            lane: the full one.
+            tenants: whose jobs have no free slot there.
+        """
+        for tenant in tenants:
+            if (name := self._take(lane, tenant)) is not None:
+                self._request(name)
+
+    def _take(self, lane: Lane, tenant: Tenant) -> str | None:
+        """Return the name of the lane that serves a job now, None if there is none."""
+        server = self._server
+        self._names &= {*server.lanes}
+        keys = {trace.key for trace in lane.traces}
+        if any(trace.key not in keys for trace in tenant.member.traces):
+            return None
+        species = _lane.species_of(lane, tenant.member)
+        if min(lane.capacities[s] for s in species) < self._max_slots:
+            return None
+        for other in [server.lanes[name] for name in self._names]:
+            if _lane.has_room(other, tenant.member):
+                staged = _lane.staged(other, tenant.member)
+                join = server.members.join
+                server.command(lambda: join(other, tenant, staged)).result()  # noqa: B023
+                if tenant.is_placed and tenant.lane == other.name:
+                    return other.name
+        if not self._memory.fits(bank_bytes(lane)):
+            return None
+        self._num += 1
+        new = _lane.sibling(lane, f"{lane.name}##{self._num}")
+        staged = _lane.staged(new, tenant.member)
+        is_open = server.command(lambda: self._open(new, tenant, staged)).result()
+        return new.name if is_open else None
+
+    def _open(self, lane: Lane, tenant: Tenant, staged: Member) -> bool:
+        """Let a new lane serve its first job, on the device thread."""
+        server, name = self._server, tenant.job.name
+        is_newest = staged.generation == tenant.member.generation
+        if server.tenants.get(name) is not tenant or not is_newest:
+            return False  # it left, or was swapped: whoever asks again finds it so
+        if not _lane.join(lane, staged):
+            return False  # its shared leaves are others
+        with server.lock:
+            server.lanes[lane.name] = lane
+            server.scheduler.handle(as_install(lane))
+        for bucket in lane.steps:
+            server.start(lane, bucket)
+        server.members.arrive(lane, [tenant])
+        self._names.add(lane.name)
+        return True

@@ -1,0 +1,139 @@
+"""More jobs than a step has slots: lanes like the full one, and nothing compiled."""
+
+import numpy as np
+import pytest
+
+import stfuse
+from stfuse.testing import FakeDevice, affine_job
+from tests.serving import ROW, assert_idle, serve
+
+
+def job(i, **options):
+    return affine_job(f"t{i}", scale=i + 1.0, shift=0.5 * i, **options)
+
+
+def expected(i):
+    return ROW * np.float32(i + 1.0) + np.float32(0.5 * i)
+
+
+def full(device, num=2, **options):
+    """Return an engine whose shared lane has all the slots of a step."""
+    options = {"max_batch_size": 1, "max_slots": num, **options}
+    return serve(*map(job, range(num)), device=device, **options)
+
+
+def lane_of(engine, i):
+    return engine.stats().tenants[f"t{i}"].lane
+
+
+def assert_all_answer(engine, numbers):
+    futures = {i: engine.submit(f"t{i}", ROW) for i in numbers}
+    for i, future in futures.items():
+        np.testing.assert_array_equal(future.result(60), expected(i))
+
+
+def test_a_full_lane_gets_a_sibling_and_nothing_is_compiled():
+    device = FakeDevice()
+    with full(device) as engine:
+        compiles, traced = device.num_compiles, engine.stats().compiles
+        for i in range(2, 7):
+            engine.add(job(i)).result(60)
+            assert_all_answer(engine, range(i + 1))
+        assert device.num_compiles == compiles and engine.stats().compiles == traced
+        found = [lane_of(engine, i) for i in range(7)]
+        assert found == ["all"] * 2 + ["all##1"] * 2 + ["all##2"] * 2 + ["all##3"]
+        assert all(engine._server.lanes[name].capacities == (2,) for name in found)
+        assert_idle(engine)
+
+
+def test_a_sibling_has_all_steps_and_their_times():
+    device = FakeDevice()
+    with full(device) as engine:
+        engine.add(job(2)).result(60)
+        one, other = (engine._server.lanes[name] for name in ("all", "all##1"))
+        assert one.steps == other.steps and one.step_s == other.step_s
+        assert one.bank.stacks[0] is not other.bank.stacks[0]
+        assert not np.asarray(other.bank.stacks[0])[1].any()  # nobody's slot
+
+
+def test_swaps_stay_in_their_lane():
+    with full(FakeDevice()) as engine:
+        engine.add(job(2)).result(60)
+        engine.swap("t2", job(9).params)
+        np.testing.assert_array_equal(engine.infer("t2", ROW), expected(9))
+        engine.swap("t0", job(8).params)
+        np.testing.assert_array_equal(engine.infer("t0", ROW), expected(8))
+        np.testing.assert_array_equal(engine.infer("t2", ROW), expected(9))
+        np.testing.assert_array_equal(engine.infer("t1", ROW), expected(1))
+
+
+def test_a_sibling_ends_with_its_last_job_and_free_slots_come_first():
+    with full(FakeDevice()) as engine:
+        for i in range(2, 5):
+            engine.add(job(i)).result(60)
+        for i in (2, 3):
+            engine.remove(f"t{i}")
+        assert set(engine._server.lanes) == {"all", "all##2"}
+        engine.add(job(5)).result(60)  # there is room in the sibling that is left
+        engine.remove("t0")
+        engine.add(job(6)).result(60)
+        assert [lane_of(engine, i) for i in (1, 4, 5, 6)] == [
+            "all",
+            "all##2",
+            "all##2",
+            "all",
+        ]
+        assert_all_answer(engine, (1, 4, 5, 6))
+
+
+def test_other_programs_and_other_shared_leaves_are_no_siblings():
+    trunk = np.eye(3, dtype=np.float32) * 7
+
+    def apply_fn(p, x):
+        return x @ p["trunk"] + p["head"]
+
+    def head(i, trunk=trunk):
+        params = {"trunk": trunk, "head": np.full(3, i, "f")}
+        return stfuse.Job(f"h{i}", apply_fn, params, ROW)
+
+    with serve(head(0), head(1), device=FakeDevice(), max_slots=2) as engine:
+        engine.add(head(2)).result(60)
+        assert engine.stats().tenants["h2"].lane == "all##1"
+        lanes = engine._server.lanes
+        kept = [lane.bank.stacks for lane in lanes.values()]
+        assert any(a is b for a in kept[0] for b in kept[1])  # the trunk is there once
+        engine.add(head(3, trunk * 2)).result(60)  # the shared lane is built anew
+        engine.add(job(0)).result(60)
+        assert engine.stats().tenants["t0"].lane == "all"
+        for i in range(4):
+            wanted = ROW @ (trunk * (2 if i == 3 else 1)) + i
+            np.testing.assert_array_equal(engine.infer(f"h{i}", ROW), wanted)
+        assert_all_answer(engine, [0])
+
+
+def test_where_there_is_no_memory_for_one_jobs_take_turns():
+    size = 4 * (3 * 3 + 3)
+    with full(FakeDevice(), max_device_bytes=int(3.9 * size) + 200) as engine:
+        engine.add(job(2)).result(60)
+        assert set(engine._server.lanes) == {"all"}
+        assert_all_answer(engine, range(3))
+
+
+def test_a_sibling_that_lost_its_weights_is_built_anew():
+    device = FakeDevice()
+    with full(device) as engine:
+        engine.add(job(2)).result(60)
+        lane = engine._server.lanes["all##1"]
+        server = engine._server
+        server.command(lambda: server.members.lose_lane(lane)).result(60)
+        assert_all_answer(engine, range(3))
+        assert engine._server.lanes["all##1"] is not lane
+
+
+@pytest.mark.parametrize("num", [5, 12])
+def test_many_that_come_at_once_are_all_served(num):
+    with full(FakeDevice()) as engine:
+        for ready in [engine.add(job(i)) for i in range(2, num)]:
+            ready.result(60)
+        assert_all_answer(engine, range(num))
+        assert_idle(engine)
