@@ -298,6 +298,7 @@ def joining(
     rate: float,
     after_s: float,
     options: Options,
+    times: int = 1,
 ) -> dict[str, Any]:
     """Compare p99 of tenants while another one is added with their p99 before.
 
@@ -308,45 +309,68 @@ def joining(
         rate: requests/s of all that send.
         after_s: how long they send from then on, seconds.
         options: how to measure.
+        times: how often it is added, each time for ``after_s``, then removed.
 
     Returns:
-        ``ratio``: p99 of what was due between the addition and the moment at which
+        ``ratio``: p99 of what was due between an addition and the moment at which
         ``job`` was ready (at least `MIN_DURING_S`), over p99 before; ``ready_s``: how
-        long that took, None if it took longer than there was time.
+        long that took, the longest; None if it took longer than there was time.
     """
     num_inputs = len(fleet.targets[0].inputs)
-    seconds, end_s = options.seconds, options.seconds + after_s
+    seconds, end_s = options.seconds, options.seconds + times * after_s
     equal = np.ones(len(fleet.jobs))
     stream = make_stream(rate, end_s, equal, num_inputs, options.seed)
-    marks: dict[str, float] = {}
+    added_s: list[float] = []
+    ready_s = [math.inf] * times
 
     def add() -> None:
-        time.sleep(seconds)
-        marks["added"] = time.perf_counter()
-        ready = engine.add(job)
-        ready.add_done_callback(lambda _: marks.update(ready=time.perf_counter()))
+        start_s = time.perf_counter()
+        for i in range(times):
+            due_s = start_s + seconds + i * after_s
+            time.sleep(max(due_s - time.perf_counter(), 0.0))
+            added_s.append(time.perf_counter())
+            ready = engine.add(job)
+            ready.add_done_callback(
+                lambda _, i=i: ready_s.__setitem__(i, time.perf_counter())
+            )
+            if i < times - 1:
+                time.sleep(0.75 * after_s)
+                engine.remove(job.name)
 
     with no_collections(), ThreadPoolExecutor(1) as pool:
         adding = pool.submit(add)
         run = replay(engine, fleet.targets, stream, None, keep_every=KEEP_EVERY)
         adding.result()
     options.report(run)
-    added_s = marks["added"] - run.start_s
-    ready_s = marks.get("ready", math.inf) - run.start_s
-    return joined(run, added_s, ready_s, options.warm_s, end_s)
+    marks = np.array([added_s, ready_s]).T - run.start_s
+    return joined(run, marks, options.warm_s, end_s)
 
 
 def joined(
-    run: load.Run, added_s: float, ready_s: float, warm_s: float, end_s: float
+    run: load.Run, marks: np.ndarray, warm_s: float, end_s: float
 ) -> dict[str, Any]:
-    """Return what `joining` does, of a run and times from the start of its stream."""
-    is_ready = ready_s <= end_s
-    until_s = min(max(ready_s, added_s + MIN_DURING_S), end_s)
-    before = summarize(run, None, warm_s, added_s)
-    during = summarize(run, None, added_s, until_s)
+    """Return what `joining` does, of a run.
+
+    Args:
+        run: of those that were there.
+        marks: when each time the newcomer was added and was ready, from the start of
+            the stream [times, 2].
+        warm_s: what is not counted.
+        end_s: of the stream.
+    """
+    first_s, due_s = float(marks[0, 0]), run.stream.due_s
+    until_s = np.clip(marks[:, 1], marks[:, 0] + MIN_DURING_S, end_s)
+    windows = [
+        (due_s >= a) & (due_s < b)
+        for a, b in zip(marks[:, 0], np.minimum(until_s, end_s), strict=True)
+    ]
+    before = summarize(run, None, warm_s, first_s)
+    during = summarize(run, None, first_s, end_s, np.any(windows, axis=0))
+    took_s = float(np.max(marks[:, 1] - marks[:, 0]))
     return {
-        "ready_s": ready_s - added_s if is_ready else None,
-        "during_s": until_s - added_s,
+        "ready_s": took_s if np.all(marks[:, 1] <= end_s) else None,
+        "during_s": float(np.sum(until_s - marks[:, 0])),
+        "times": len(marks),
         "before": dataclasses.asdict(before),
         "during": dataclasses.asdict(during),
         "ratio": during.p99_ms / before.p99_ms,

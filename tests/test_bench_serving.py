@@ -302,10 +302,8 @@ def test_the_step_goals_are_ratios_to_the_bare_step(monkeypatch):
 
 
 def test_tenants_of_steps_between_two_snapshots():
-    before, after = (
-        SimpleNamespace(steps=steps, tenants_per_step=mean)
-        for steps, mean in ((10, 2.0), (30, 4.0))
-    )
+    before = SimpleNamespace(steps=10, tenants_per_step=2.0)
+    after = SimpleNamespace(steps=30, tenants_per_step=4.0)
     assert goals.tenants_per_step(before, after) == (120 - 20) / 20
     assert goals.tenants_per_step(before, before) == 0
 
@@ -337,17 +335,21 @@ def test_isolation_compares_the_others_beside_either_tenant(monkeypatch):
 
 def test_a_join_lasts_until_it_is_ready_or_the_stream_ends():
     due_s = np.arange(400) / 100
-    latency_s = np.where(due_s < 2, 0.001, 0.002)
-    latency_s[(due_s >= 2) & (due_s < 2.1)] = 0.01
-    found = goals.joined(made(due_s, latency_s), 2.0, 2.05, 1.0, 4.0)
-    assert found["ready_s"] == pytest.approx(0.05)
-    assert found["during_s"] == pytest.approx(goals.MIN_DURING_S)
+    latency_s = np.select([due_s < 2, due_s < 2.1], [0.001, 0.01], 0.002)
+
+    def joined(*marks):
+        marks = np.array(marks).reshape(-1, 2)
+        return goals.joined(made(due_s, latency_s), marks, 1.0, 4.0)
+
+    found = joined(2.0, 2.05)
+    assert found["ready_s"] == pytest.approx(0.05) and found["during_s"] == 0.5
     assert found["ratio"] == pytest.approx(10)
-    found = goals.joined(made(due_s, latency_s), 2.2, 3.2, 1.0, 4.0)
-    assert found["during_s"] == pytest.approx(1.0)
+    found = joined(2.2, 3.2)
     assert found["before"]["offered"] == 120 and found["during"]["offered"] == 100
-    found = goals.joined(made(due_s, latency_s), 2.2, float("inf"), 1.0, 4.0)
+    found = joined(2.2, np.inf)
     assert found["ready_s"] is None and found["during_s"] == pytest.approx(1.8)
+    found = joined(1.5, 1.52, 2.5, 2.6, 3.9, 3.95)
+    assert found["times"] == 3 and found["during"]["offered"] == 50 + 50 + 10
 
 
 def test_the_benchmark_of_serving_checks_prints_saves_and_draws(tmp_path):
@@ -358,7 +360,7 @@ def test_the_benchmark_of_serving_checks_prints_saves_and_draws(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     for word in (
         *("exclusive", "goal 0.80", "goal 3.0", "goal 1.10", "goal 1.25"),
-        *("free slot", "larger lane", "largest valid rate", "no MLPerf results"),
+        *("free slot", "full lane", "largest valid rate", "no MLPerf results"),
     ):
         assert word in result.stdout
     found = json.loads(saved.read_text(), parse_constant=pytest.fail)
