@@ -267,7 +267,7 @@ def serving(part: Part, way: str, fleet: Fleet, model: str) -> Iterator[Way | No
     num = len(fleet.jobs)
     if way in POLICIES:
         options = {"policy": POLICIES[way], "max_batch_size": MAX_BATCH_SIZE}
-        options["max_slots"] = num
+        options |= {"max_slots": num, "strict_shares": True}  # all weigh the same
         with fleets.serve(fleet.jobs, **options) as engine:
             yield InEngine(engine, fleet)
         return

@@ -129,7 +129,7 @@ def best(
         is_one: whether a step has one request.
         any_time: whether it counts alike that the first is answered in time, or not.
         claims: how many slots of each tenant count; None for all.
-        longest_s: what it may take.
+        longest_s: what it may take, if any takes no longer.
     """
     first = mates[0]
     head_s, _, least, *_ = first.queue[0]
@@ -141,7 +141,7 @@ def best(
     max_rows = most = 0  # of a slot, and of all that there is to serve
     found = []  # what each bucket could do at best
     for bucket, times in lane.ready.items():
-        if bucket.rows < least or times.step_s > longest_s:
+        if bucket.rows < least:
             continue
         if bucket.rows != max_rows:
             max_rows = bucket.rows
@@ -155,6 +155,9 @@ def best(
         is_in_time = any_time or now_s + times.p99_s <= head_s
         rows = min(most, sum(bucket.slots) * max_rows)
         found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
+    if found and longest_s < math.inf:
+        shortest_s = min(step_s for _, _, _, step_s, _ in found)
+        found = [each for each in found if each[3] <= max(longest_s, shortest_s)]
     found.sort(key=lambda each: each[:2], reverse=True)
     chosen: tuple[Bucket, list[Chunk]] | None = None
     best_score = (False, 0.0)
