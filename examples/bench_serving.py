@@ -253,7 +253,7 @@ def measure_join(
         high = goals.HIGH_LOAD * rate
         # A quick join is over before there are enough requests for a percentile.
         times = 1 if after_s > options.seconds else 2 * _ROUNDS.value
-        after_s = after_s if times == 1 else max(after_s / 2, 2 * goals.MIN_DURING_S)
+        after_s = after_s if times == 1 else max(after_s / 2, 3 * goals.MIN_DURING_S)
         case = goals.joining(engine, others, job, high, after_s, options, times)
         found[name] = case
         ready_s = case["ready_s"]

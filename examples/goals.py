@@ -5,6 +5,7 @@ Each function returns plain numbers, and the ratio that a goal is about as ``rat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -309,12 +310,14 @@ def joining(
         rate: requests/s of all that send.
         after_s: how long they send from then on, seconds.
         options: how to measure.
-        times: how often it is added, each time for ``after_s``, then removed.
+        times: how often it is added, each time for ``after_s``, and removed once a
+            third of that is over and it was ready.
 
     Returns:
         ``ratio``: p99 of what was due between an addition and the moment at which
-        ``job`` was ready (at least `MIN_DURING_S`), over p99 before; ``ready_s``: how
-        long that took, the longest; None if it took longer than there was time.
+        ``job`` was ready (at least `MIN_DURING_S`), over p99 before: of all that time,
+        or of as long before each of several; ``ready_s``: how long it took, the
+        longest; None if it took longer than there was time.
     """
     num_inputs = len(fleet.targets[0].inputs)
     seconds, end_s = options.seconds, options.seconds + times * after_s
@@ -334,7 +337,9 @@ def joining(
                 lambda _, i=i: ready_s.__setitem__(i, time.perf_counter())
             )
             if i < times - 1:
-                time.sleep(0.75 * after_s)
+                time.sleep(after_s / 3)
+                with contextlib.suppress(TimeoutError):
+                    ready.result(after_s / 3)
                 engine.remove(job.name)
 
     with no_collections(), ThreadPoolExecutor(1) as pool:
@@ -358,14 +363,16 @@ def joined(
         warm_s: what is not counted.
         end_s: of the stream.
     """
-    first_s, due_s = float(marks[0, 0]), run.stream.due_s
-    until_s = np.clip(marks[:, 1], marks[:, 0] + MIN_DURING_S, end_s)
-    windows = [
-        (due_s >= a) & (due_s < b)
-        for a, b in zip(marks[:, 0], np.minimum(until_s, end_s), strict=True)
-    ]
-    before = summarize(run, None, warm_s, first_s)
-    during = summarize(run, None, first_s, end_s, np.any(windows, axis=0))
+    added_s, due_s = marks[:, 0], run.stream.due_s
+    until_s = np.clip(marks[:, 1], added_s + MIN_DURING_S, end_s)
+    since_s = added_s - MIN_DURING_S if len(marks) > 1 else np.array([warm_s])
+
+    def between(from_s: np.ndarray, to_s: np.ndarray) -> load.Summary:
+        pairs = zip(from_s, to_s, strict=True)
+        windows = [(due_s >= a) & (due_s < b) for a, b in pairs]
+        return summarize(run, None, warm_s, end_s, np.any(windows, axis=0))
+
+    before, during = between(since_s, added_s), between(added_s, until_s)
     took_s = float(np.max(marks[:, 1] - marks[:, 0]))
     return {
         "ready_s": took_s if np.all(marks[:, 1] <= end_s) else None,

@@ -133,8 +133,7 @@ def best(
     """
     first = mates[0]
     head_s, _, least, *_ = first.queue[0]
-    alike = Counter([t.species for t in mates])  # who compete for the same slots
-    limits = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
+    limits = _limits(lane, mates, claims)
     cut: list[list[Chunk]] = []
     is_whole = False  # every queue fits in one slot: more rows would change nothing
     has_several = False  # slots for some tenant: what an open step is for
@@ -146,8 +145,9 @@ def best(
         if bucket.rows != max_rows:
             max_rows = bucket.rows
             if not is_whole:
-                cut = [_chunks(t, max_rows, limits[t.species], is_one) for t in mates]
-                is_whole = all([_is_whole(own, t) for own, t in zip(cut, mates)])  # noqa: B905
+                of_mates = zip(mates, limits, strict=True)
+                cut = [_chunks(t, max_rows, limit, is_one) for t, limit in of_mates]
+                is_whole = all(map(_is_whole, cut, mates))
                 most = sum([_rows(own, claims) for own in cut])
                 has_several = max(map(len, cut)) > 1
         if bucket.is_open and not has_several:
@@ -170,6 +170,19 @@ def best(
         if serves_first and score > best_score:
             chosen, best_score = (bucket, chunks), score
     return chosen
+
+
+def _limits(
+    lane: LaneBuckets, mates: Sequence[Tenant], claims: Mapping[str, int] | None
+) -> list[int]:
+    """Return the most slots that each tenant can get."""
+    alike = Counter([t.species for t in mates])  # who compete for the same slots
+    slots = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
+    if claims is None:
+        return [slots[t.species] for t in mates]
+    # Beyond its claim it gets what those that count leave free: no more than they have.
+    num = len(mates)
+    return [min(slots[t.species], claims[t.name] + num) for t in mates]
 
 
 def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:
@@ -205,11 +218,14 @@ def _rows(chunks: Sequence[Chunk], claims: Mapping[str, int] | None) -> int:
     """Return the rows of chunks, of so many of each tenant."""
     if claims is None:
         return sum([chunk.rows for chunk in chunks])
-    rows, seen = 0, Counter[str]()
-    for chunk in chunks:
-        seen[chunk.tenant] += 1
-        if seen[chunk.tenant] <= claims[chunk.tenant]:
-            rows += chunk.rows
+    rows, left = 0, {}
+    for tenant, _, own, _, _ in chunks:
+        count = left.get(tenant)
+        if count is None:
+            count = claims[tenant]
+        left[tenant] = count - 1
+        if count > 0:
+            rows += own
     return rows
 
 

@@ -68,7 +68,8 @@ class Builder:
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
-        self._siblings = Siblings(server, self._memory, max_slots, self.request)
+        of = self._memory, max_slots, self.request, self._politely
+        self._siblings = Siblings(server, *of)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
@@ -178,7 +179,8 @@ class Builder:
             if lane is None or any(t.swaps for t in tenants):
                 return None
             if _lane.has_room(lane, tenant.member):
-                staged = _lane.staged(lane, tenant.member)
+                with self._politely():
+                    staged = _lane.staged(lane, tenant.member)
                 join = partial(server.members.join, lane, tenant, staged)
                 server.command(join).result()
             lane = server.lanes.get(name)

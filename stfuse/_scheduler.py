@@ -82,6 +82,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
         self._shares = Shares() if strict_shares else None
+        self.held: set[str] = set()  # tenants that may not start yet, come what may
         self._claims: dict[str, int] = {}  # to slots, of those looked at last
         self._admission = Admission(policy, bounds or Bounds(max_queue_size))
         self._queues = Queues(policy, self._emptied)
@@ -161,6 +162,7 @@ class Scheduler:
         order = self._order(seen, now_s, expired)
         decision = None
         held: dict[str | None, float] = {}  # lanes where nobody may start yet
+        self.held = set()
         i = 0
         while decision is None and (first := _at(seen, i, order)):
             i += 1
@@ -173,6 +175,7 @@ class Scheduler:
                 start_s, found = self._best(lane, mates, now_s)
                 if start_s > now_s:
                     held[first.lane] = start_s
+                    self.held.update([tenant.name for tenant in mates])
                     continue
             if found is None:
                 self._queues.park(first)

@@ -26,7 +26,7 @@ class Shares:
     def __init__(self) -> None:
         """Start with no tenants."""
         self._weights: dict[str, float] = {}
-        self._whole = 0.0
+        self._terms: dict[str, tuple[float, float]] = {}  # share, and slots of a burst
         self._spent: dict[str, tuple[float, float]] = {}  # seconds, and as of when
         self._others_s = -math.inf  # when somebody within its share was served
         self._rested_s = -math.inf  # when those beyond may have a step of their own
@@ -34,13 +34,13 @@ class Shares:
     def join(self, name: str, weight: float) -> None:
         """Take note of a tenant."""
         self._weights[name] = weight
-        self._whole = sum(self._weights.values())
+        self._terms.clear()
 
     def leave(self, name: str) -> None:
         """Forget one."""
         self._weights.pop(name, None)
         self._spent.pop(name, None)
-        self._whole = sum(self._weights.values())
+        self._terms.clear()
 
     def claims(
         self, tenants: Iterable[Tenant], lane: LaneBuckets, rows: int, now_s: float
@@ -55,11 +55,10 @@ class Shares:
         """
         slot_s, found = lane.slot_s(rows), {}
         for tenant in tenants:
-            name, share = tenant.name, self._share(tenant.name)
-            most = max(_BURST * share * len(self._weights), 1.0)
-            left = self._left_s(name, share, now_s) / slot_s
+            name = tenant.name
+            left = self._left_s(name, now_s) / slot_s
             # Rounded: what ran out exactly is not a last bit short of it.
-            found[name] = max(math.ceil(round(most - left, 6)), 0)
+            found[name] = max(math.ceil(self._terms_of(name)[1] - left - 1e-6), 0)
         return found
 
     def turn(self, lane: LaneBuckets, rows: int, now_s: float) -> tuple[float, float]:
@@ -100,16 +99,21 @@ class Shares:
         """
         slot_s = lane.slot_s(bucket.rows)
         for tenant in tenants:
-            left_s = self._left_s(tenant.name, self._share(tenant.name), now_s)
+            left_s = self._left_s(tenant.name, now_s)
             self._spent[tenant.name] = left_s + slot_s, now_s
         if any(claims[tenant.name] for tenant in tenants):
             self._others_s = now_s
         else:
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 
-    def _share(self, name: str) -> float:
-        return self._weights.get(name, 0.0) / self._whole
+    def _terms_of(self, name: str) -> tuple[float, float]:
+        if not self._terms:
+            whole, num = sum(self._weights.values()), len(self._weights)
+            for each, weight in self._weights.items():
+                share = weight / whole
+                self._terms[each] = share, max(_BURST * share * num, 1.0)
+        return self._terms[name]
 
-    def _left_s(self, name: str, share: float, now_s: float) -> float:
+    def _left_s(self, name: str, now_s: float) -> float:
         spent_s, at_s = self._spent.get(name, (0.0, now_s))
-        return max(spent_s - share * max(now_s - at_s, 0.0), 0.0)
+        return max(spent_s - self._terms_of(name)[0] * max(now_s - at_s, 0.0), 0.0)

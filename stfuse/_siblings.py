@@ -8,6 +8,7 @@ kernels on the device that they are served by.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from stfuse import _lane
 from stfuse._flight import Tenant
@@ -25,6 +26,7 @@ class Siblings:
         memory: of its device.
         max_slots: most slots of a step.
         request: has a lane brought up to date.
+        politely: a context in which this thread gives way to whoever is served.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class Siblings:
         memory: Memory,
         max_slots: int,
         request: Callable[[str], None],
+        politely: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Start with none."""
         self._server = server
         self._memory = memory
         self._max_slots = max_slots
         self._request = request
+        self._politely = politely
         self._names: set[str] = set()
         self._num = 0
 
@@ -68,7 +72,8 @@ class Siblings:
             return None
         for other in [server.lanes[name] for name in self._names]:
             if _lane.has_room(other, tenant.member):
-                staged = _lane.staged(other, tenant.member)
+                with self._politely():
+                    staged = _lane.staged(other, tenant.member)
                 join = server.members.join
                 server.command(lambda: join(other, tenant, staged)).result()  # noqa: B023
                 if tenant.is_placed and tenant.lane == other.name:
@@ -76,8 +81,9 @@ class Siblings:
         if not self._memory.fits(bank_bytes(lane)):
             return None
         self._num += 1
-        new = _lane.sibling(lane, f"{lane.name}##{self._num}")
-        staged = _lane.staged(new, tenant.member)
+        with self._politely():
+            new = _lane.sibling(lane, f"{lane.name}##{self._num}")
+            staged = _lane.staged(new, tenant.member)
         is_open = server.command(lambda: self._open(new, tenant, staged)).result()
         return new.name if is_open else None
 
