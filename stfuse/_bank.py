@@ -246,13 +246,23 @@ def write(
 
 def emptied(layout: Layout, bank: Bank) -> Bank:
     """Return a bank like another one, zeros but for the leaves that are kept once."""
-    arrays = list(bank.stacks)
+    own = set()
     for i, buffer in enumerate(layout.params):
         a, k = layout.array_of(i)
         if k is not None or is_stacked(bank.stacks[a], buffer):
-            like = bank.stacks[a]
-            arrays[a] = jnp.zeros(like.shape, like.dtype, device=like.sharding)
+            own.add(a)
+    arrays, order = list(bank.stacks), sorted(own)
+    zeros = _zeros_like([arrays[a] for a in order])
+    # Committed to where the others are, or the next write would be compiled anew.
+    zeros = jax.device_put(zeros, [arrays[a].sharding for a in order])
+    for a, stack in zip(order, zeros, strict=True):
+        arrays[a] = stack
     return Bank(tuple(arrays))
+
+
+@jax.jit
+def _zeros_like(arrays: list[Any]) -> list[Any]:
+    return [jnp.zeros_like(x) for x in arrays]
 
 
 def written_leaves(layout: Layout, bank: Bank, b: int) -> set[int]:

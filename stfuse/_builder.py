@@ -160,10 +160,10 @@ class Builder:
                 return lane
             if name == SHARED:
                 self._siblings.take(lane, [t for t in new if not t.is_placed])
-                new = [t for t in new if t.wanted == name]
+                here = {t for t in self._server.tenants.values() if t.wanted == name}
+                tenants, new = ([t for t in of if t in here] for of in (tenants, new))
                 if not new and name not in self._stale:
                     return lane
-                tenants = [t for t in tenants if t.wanted == name]
         if name == SHARED and name in self._server.lanes:
             self._serve_alone([t for t in new if not t.is_placed])
         lane = self._rebuild(name, tenants)

@@ -19,7 +19,7 @@ from stfuse._staging import as_bytes, cut_leaves, cut_places
 from stfuse._types import Batch, StepRecord
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tenant:
     """A job in the engine.
 

@@ -89,11 +89,11 @@ class Siblings:
 
     def _open(self, lane: Lane, tenant: Tenant, staged: Member) -> bool:
         """Let a new lane serve its first job, on the device thread."""
-        server, name = self._server, tenant.job.name
+        server = self._server
         is_newest = staged.generation == tenant.member.generation
-        if server.tenants.get(name) is not tenant or not is_newest:
-            return False  # it left, or was swapped: whoever asks again finds it so
-        if not _lane.join(lane, staged):
+        if server.tenants.get(tenant.job.name) is not tenant:
+            return False  # it left
+        if not _lane.join(lane, staged if is_newest else tenant.member):
             return False  # its shared leaves are others
         with server.lock:
             server.lanes[lane.name] = lane

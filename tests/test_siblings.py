@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import stfuse
+from stfuse import _lane
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import ROW, assert_idle, serve
 
@@ -128,6 +129,41 @@ def test_a_sibling_that_lost_its_weights_is_built_anew():
         server.command(lambda: server.members.lose_lane(lane)).result(60)
         assert_all_answer(engine, range(3))
         assert engine._server.lanes["all##1"] is not lane
+
+
+def test_a_job_that_leaves_meanwhile_has_nothing_built(monkeypatch):
+    device = FakeDevice()
+    with full(device) as engine:
+        compiles, open_lane = device.num_compiles, _lane.sibling
+
+        def slow_sibling(*arguments):
+            engine.remove("t2")
+            return open_lane(*arguments)
+
+        monkeypatch.setattr(_lane, "sibling", slow_sibling)
+        with pytest.raises(stfuse.ClosedError):
+            engine.add(job(2)).result(60)
+        monkeypatch.undo()
+        engine.add(job(3)).result(60)
+        assert device.num_compiles == compiles
+        assert lane_of(engine, 0) == "all" and lane_of(engine, 3).startswith("all##")
+        assert_all_answer(engine, (0, 1, 3))
+
+
+def test_a_job_that_is_swapped_meanwhile_has_its_newest_weights(monkeypatch):
+    with full(FakeDevice()) as engine:
+        stage = _lane.staged
+
+        def slow_staged(lane, member):
+            found = stage(lane, member)
+            if lane.name == "all##1" and not member.generation:
+                engine.swap("t2", job(9).params)
+            return found
+
+        monkeypatch.setattr(_lane, "staged", slow_staged)
+        engine.add(job(2)).result(60)
+        np.testing.assert_array_equal(engine.infer("t2", ROW), expected(9))
+        assert lane_of(engine, 2) == "all##1"
 
 
 @pytest.mark.parametrize("num", [5, 12])
