@@ -6,6 +6,9 @@ go: the engine decides, stages, launches and answers them as one step, with nobo
 beside it. Medians over rounds. Then one client asks as fast as it gets answers: what
 the engine serves of what such a device could.
 
+With ``--isolation_seconds`` one tenant then asks for ten shares beside others at half
+of theirs; ``--uneven`` steps and ``--strict_shares`` show who makes whose steps longer.
+
 With ``--join_seconds`` a tenant is added at 0.7 of that at last, which needs a larger
 lane: each of its steps takes `--compile_s` of the processor to build, in Python, as a
 model that is traced does.
@@ -31,39 +34,60 @@ _STEP_MS = flags.DEFINE_float("step_ms", 0.6, "Of the device.", lower_bound=0.0)
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "Of the closed loop; 0 for none.")
 _JOIN_SECONDS = flags.DEFINE_float("join_seconds", 0.0, "Before a join; 0 for none.")
 _COMPILE_S = flags.DEFINE_float("compile_s", 0.25, "Of a step of the larger lane.")
+_ISOLATION_SECONDS = flags.DEFINE_float(
+    "isolation_seconds", 0.0, "Of each of eight loads; 0 for none."
+)
+_STRICT_SHARES = flags.DEFINE_bool("strict_shares", False, "Of the engine.")
+_UNEVEN = flags.DEFINE_bool(
+    "uneven", False, "Steps take an H200's times by slots (64 MiniLMs, 32 rows each)."
+)
 _SWITCH_MS = flags.DEFINE_float("switch_ms", None, "The engine's switch_interval_s.")
 
 
+# By slots, measured there (`bench_serving`, 2026-11-29).
+UNEVEN_MS = {1: 0.7, 2: 0.8, 4: 0.93, 8: 1.24, 16: 2.23, 32: 4.2, 64: 6.4}
+LAUNCH_S = 2e-4  # of a call into XLA, in which other threads have the interpreter
+
+
+def step_s_of(num_slots: int) -> float:
+    """Return what a step of some slots takes, seconds."""
+    if not _UNEVEN.value:
+        return _STEP_MS.value / 1e3
+    least = min((n for n in UNEVEN_MS if n >= num_slots), default=max(UNEVEN_MS))
+    return UNEVEN_MS[least] / 1e3 * max(num_slots / least, 1.0)
+
+
 class PacedDevice(FakeDevice):
-    """Runs steps one after the other, in time but on no processor.
+    """Runs steps one after the other, in time but on no processor."""
 
-    Args:
-        step_s: seconds of a step.
-    """
-
-    def __init__(self, step_s: float) -> None:
+    def __init__(self) -> None:
         """Start idle."""
         super().__init__(step_s=0.0, computes=False)
-        self._step_s, self._free_s, self.compile_s = step_s, 0.0, 0.0
+        self._free_s, self.compile_s = 0.0, 0.0
 
     def compile(self, step_fn: Any, *specs: Any) -> Any:
         """Compile a step, in Python, for `compile_s` of the processor."""
         end_s = time.thread_time() + self.compile_s
         while time.thread_time() < end_s:
             pass
-        return super().compile(step_fn, *specs)
+        step, (first, *_) = super().compile(step_fn, *specs), specs[-1]
+        step_s = step_s_of(first.shape[0])
+        return lambda *arguments: (step_s, step(*arguments))
 
-    def launch(self, *step: Any) -> Any:
+    def launch(self, compiled: Any, *arguments: Any) -> Any:
         """Start a step once those before it have ended."""
-        outputs = super().launch(*step)
-        self._free_s = max(time.perf_counter(), self._free_s) + self._step_s
+        self.num_launches += 1
+        step_s, outputs = compiled(*arguments)
+        if _UNEVEN.value:
+            time.sleep(LAUNCH_S)
+        self._free_s = max(time.perf_counter(), self._free_s) + step_s
         return self._free_s, outputs
 
     def read(self, outputs: Any) -> Any:
         """Wait for a step."""
         end_s, arrays = outputs
         time.sleep(max(end_s - time.perf_counter(), 0.0))
-        return super().read(arrays)
+        return super().read((arrays, 0.0))
 
 
 def settled(engine: stfuse.Engine) -> stfuse.Snapshot:
@@ -122,10 +146,24 @@ def saturate(engine: stfuse.Engine) -> None:
         f"{1e6 / run.answered_per_s:.1f} us each, client and its callback included"
     )
     print(f"host us per step there: {load.named(goals.host_us(before, after))}")
-    if _STEP_MS.value:
-        device_per_s = 1e3 * num / _STEP_MS.value
+    if step_s := step_s_of(num):
+        device_per_s = num / step_s
         share = run.answered_per_s / device_per_s
         print(f"the device could serve {device_per_s:,.0f}: {share:.2f} of that")
+
+
+def isolate(engine: stfuse.Engine, jobs: list[stfuse.Job]) -> None:
+    """Compare others' p99 beside a flood and beside a peaceful tenant; print it."""
+    num, seconds = len(jobs), _ISOLATION_SECONDS.value
+    fleet = fleets.Fleet(jobs, targets_of(num), np.zeros(0), _ROWS.value)
+    options = goals.Options(seconds, seconds / 3, 0, lambda run: None)
+    rate = num / max(step_s_of(num), 1e-5)
+    found = goals.isolation(engine, fleet, rate, None, 4, options)
+    print(
+        f"others' p99 {found['peaceful_p99_ms']:.2f} ms beside a peaceful tenant, "
+        f"{found['abusive_p99_ms']:.2f} ms beside one that asks for ten shares: ratio "
+        f"{found['ratio']:.2f}"
+    )
 
 
 def join(engine: stfuse.Engine, device: PacedDevice, jobs: list[stfuse.Job]) -> None:
@@ -134,7 +172,7 @@ def join(engine: stfuse.Engine, device: PacedDevice, jobs: list[stfuse.Job]) -> 
     fleet = fleets.Fleet(jobs[:-1], targets_of(num), np.zeros(0), _ROWS.value)
     options = goals.Options(seconds, seconds / 3, 0, lambda run: None)
     device.compile_s, num_before = _COMPILE_S.value, device.num_compiles
-    rate = goals.HIGH_LOAD * num / max(_STEP_MS.value / 1e3, 1e-5)
+    rate = goals.HIGH_LOAD * num / max(step_s_of(num), 1e-5)
     found = goals.joining(engine, fleet, jobs[-1], rate, 2 * seconds, options)
     before, during, ready_s = found["before"], found["during"], found["ready_s"]
     print(
@@ -148,9 +186,10 @@ def join(engine: stfuse.Engine, device: PacedDevice, jobs: list[stfuse.Job]) -> 
 def main(argv: list[str]) -> None:
     """Serve, time, print."""
     del argv
-    device, num = PacedDevice(_STEP_MS.value / 1e3), _TENANTS.value
+    device, num = PacedDevice(), _TENANTS.value
     interval_s = _SWITCH_MS.value and _SWITCH_MS.value / 1e3
     options = {"max_slots": 2 * num, "switch_interval_s": interval_s}
+    options |= {"strict_shares": _STRICT_SHARES.value, "batch_sizes": [_ROWS.value]}
     with stfuse.Engine(device=device, max_batch_size=_ROWS.value, **options) as engine:
         jobs = [
             affine_job(f"tenant-{i}", scale=float(i), width=_WIDTH.value)
@@ -169,6 +208,8 @@ def main(argv: list[str]) -> None:
             print(f"{name:<10}{statistics.median(each):>20.2f}{min(each):>10.2f}")
         if _SECONDS.value:
             saturate(engine)
+        if _ISOLATION_SECONDS.value:
+            isolate(engine, jobs[:-1])
         if _JOIN_SECONDS.value:
             join(engine, device, jobs)
 

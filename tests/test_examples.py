@@ -19,7 +19,7 @@ SMALLEST = {
         "--calls=1",
         "--rounds=1",
     ],
-    "bench_host": ["--tenants=4", "--rounds=3"],
+    "bench_host": ["--tenants=4", "--rounds=3", "--uneven", "--isolation_seconds=0.2"],
     "bench_lowering": ["--smoke", "--jobs=2", "--repeats=1"],
     "bench_loadgen": ["--workload=mlp", "--tenants=2", "--target_latency_ms=2000"],
     "bench_planning": [
