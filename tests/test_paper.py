@@ -221,6 +221,16 @@ def test_launches_are_counted_after_the_first_fifth():
     np.testing.assert_allclose(paper.latencies_s(slow), [3.0])
 
 
+def test_the_mean_over_every_r_weighs_large_ones_as_often_as_they_are():
+    ours, theirs = {1: 1.0, 3: 4.0, 9: 8.0}, {1: 1.0, 3: 1.0, 5: 1.0}
+    # R = 1 to 5: 1, 2, 4, and on a line of logarithms from 4 to 8.
+    logs = [0, 1, 2, 2 + 1 / 6, 2 + 2 / 6]
+    found = paper_gemm.mean_over_every(ours, theirs)
+    assert found == pytest.approx(2 ** np.mean(logs))
+    assert np.isnan(paper_gemm.mean_over_every(ours, {}))
+    assert np.isnan(paper_gemm.mean_over_every(ours, {3: 1.0}))
+
+
 def test_means_and_break_even_are_of_what_both_have():
     ours, theirs = {1: 1.0, 2: 4.0, 4: 16.0, 8: 9.0}, {1: 2.0, 2: 2.0, 4: 2.0}
     assert paper_gemm.geometric_mean(ours, theirs, 2) == pytest.approx(4.0)
