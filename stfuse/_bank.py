@@ -244,14 +244,20 @@ def write(
     return Bank(tuple(arrays))
 
 
-def emptied(layout: Layout, bank: Bank) -> Bank:
-    """Return a bank like another one, zeros but for the leaves that are kept once."""
+def kept_once(layout: Layout, bank: Bank) -> set[int]:
+    """Return which stacks have no slot axis: what is in them is there once."""
     own = set()
     for i, buffer in enumerate(layout.params):
         a, k = layout.array_of(i)
         if k is not None or is_stacked(bank.stacks[a], buffer):
             own.add(a)
-    arrays, order = list(bank.stacks), sorted(own)
+    return set(range(len(bank.stacks))) - own
+
+
+def emptied(layout: Layout, bank: Bank) -> Bank:
+    """Return a bank like another one, zeros but for the leaves that are kept once."""
+    arrays, kept = list(bank.stacks), kept_once(layout, bank)
+    order = [a for a in range(len(arrays)) if a not in kept]
     zeros = _zeros_like([arrays[a] for a in order])
     # Committed to where the others are, or the next write would be compiled anew.
     zeros = jax.device_put(zeros, [arrays[a].sharding for a in order])

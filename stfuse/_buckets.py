@@ -64,15 +64,24 @@ class LaneBuckets:
         """
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
 
-    def slot_s(self, rows: int) -> float:
-        """Return what a slot of some rows takes where that is least, seconds.
+    def slot_s(self, species: int, rows: int) -> float:
+        """Return what a slot of a species and some rows takes at least, seconds.
 
-        Infinite if none that is ready has so many.
+        Infinite if none that is ready has one of so many.
         """
         each = [
             times.step_s / sum(bucket.slots)
             for bucket, times in self.ready.items()
-            if bucket.rows >= rows
+            if bucket.slots[species] and bucket.rows >= rows
+        ]
+        return min(each, default=math.inf)
+
+    def shortest_s(self, species: int, rows: int) -> float:
+        """Return what the shortest step with such a slot takes, seconds."""
+        each = [
+            times.step_s
+            for bucket, times in self.ready.items()
+            if bucket.slots[species] and bucket.rows >= rows
         ]
         return min(each, default=math.inf)
 
@@ -132,7 +141,8 @@ def best(
         longest_s: what it may take, if any takes no longer.
     """
     first = mates[0]
-    head_s, _, least, *_ = first.queue[0]
+    head_s, _, least, _, length, _ = first.queue[0]
+    own_species = first.species[length]
     limits = _limits(lane, mates, claims)
     cut: list[list[Chunk]] = []
     is_whole = False  # every queue fits in one slot: more rows would change nothing
@@ -140,7 +150,7 @@ def best(
     max_rows = most = 0  # of a slot, and of all that there is to serve
     found = []  # what each bucket could do at best
     for bucket, times in lane.ready.items():
-        if bucket.rows < least:
+        if bucket.rows < least or not bucket.slots[own_species]:
             continue
         if bucket.rows != max_rows:
             max_rows = bucket.rows

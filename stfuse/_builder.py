@@ -160,7 +160,7 @@ class Builder:
                 return lane
             if name == SHARED:
                 self._siblings.take(lane, [t for t in new if not t.is_placed])
-                here = {t for t in self._server.tenants.values() if t.wanted == name}
+                here = {t for t in [*self._server.tenants.values()] if t.wanted == name}
                 tenants, new = ([t for t in of if t in here] for of in (tenants, new))
                 if not new and name not in self._stale:
                     return lane
@@ -386,7 +386,7 @@ class Builder:
         self._stale.discard(name)
         for tenant in tenants:
             resolve_all(tenant.swaps, refusal("swap", tenant, error))
-        new = [t for t in new if t.lane != name or not t.is_placed]
+        new = [t for t in new if t.wanted == name != t.lane or not t.is_placed]
         if len(new) > 1:
             self._one_at_a_time.update(t.job.name for t in new)
             self.request(name)

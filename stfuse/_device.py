@@ -18,6 +18,7 @@ from absl import logging
 from stfuse._stacked import to_host
 
 _PINNED = "pinned_host"
+_PACKED = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
 class _Pinned(np.ndarray):
@@ -35,7 +36,10 @@ class _PinnedStep:
 
     def __init__(self, jitted: Any, specs: Sequence[Any]) -> None:
         """Compile."""
-        compiled = jitted.lower(*specs).compile()
+        lowered = jitted.lower(*specs)
+        if not all(map(_can_be_pinned, jax.tree.leaves(lowered.out_info))):
+            raise TypeError("outputs that fill no whole bytes, or are of 64 bits")
+        compiled = lowered.compile()
         self._call, self.memory_analysis = compiled, compiled.memory_analysis
 
     def __call__(self, bank: Any, *staged: Sequence[Any]) -> Any:
@@ -43,6 +47,17 @@ class _PinnedStep:
         return self._call(
             bank, *[[getattr(x, "array", x) for x in buffers] for buffers in staged]
         )
+
+
+def _can_be_pinned(x: Any) -> bool:
+    """Return whether an array's memory is the same to JAX on this thread and to NumPy.
+
+    Not if it has numbers of 4 bits, which JAX packs, or of 64 where it takes 32.
+    """
+    if not isinstance(x.dtype, np.dtype):
+        return False  # a typed key
+    is_whole = x.dtype.name not in _PACKED
+    return is_whole and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
 
 
 def _at(where: Any, specs: Any) -> Any:
@@ -108,7 +123,7 @@ class JaxDevice:
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Return a host buffer of zeros, where the device reads it fastest."""
         zeros = np.zeros(shape, dtype)
-        if not self._is_pinned:
+        if not (self._is_pinned and _can_be_pinned(zeros)):
             return zeros
         array = jax.block_until_ready(jax.device_put(zeros, self._pinned))
         if zeros.nbytes:
@@ -128,7 +143,7 @@ class JaxDevice:
             *specs: of the bank, the slots and the inputs, each a pytree of
                 ``jax.ShapeDtypeStruct``.
         """
-        if self._is_pinned:
+        if self._is_pinned and all(map(_can_be_pinned, jax.tree.leaves(specs[1:]))):
             try:
                 return self._compile_pinned(step_fn, *specs)
             except Exception as error:  # if it is not about that, it comes again

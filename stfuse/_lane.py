@@ -249,8 +249,17 @@ def has_room(lane: Lane, member: Member) -> bool:
 
 
 def free_slot(lane: Lane, species: int) -> int | None:
-    """Return the first slot of a species that no job has."""
-    taken = {k for each in [*lane.places.values()] for s, k in each if s == species}
+    """Return the first slot of a species' bank that no job has.
+
+    Programs of one job at several lengths share a bank, and so do their slots.
+    """
+    bank_of = lane.layout.bank_of
+    taken = {
+        k
+        for each in [*lane.places.values()]
+        for s, k in each
+        if bank_of[s] == bank_of[species]
+    }
     return min(set(range(lane.capacities[species])) - taken, default=None)
 
 

@@ -128,6 +128,8 @@ class Members:
             tenant: who.
             staged: the tenant with its weights on the device, if they are the newest.
         """
+        if self.tenants.get(tenant.job.name) is not tenant:
+            return  # it left, and its name may be another's by now
         is_newest = staged.generation == tenant.member.generation
         newest = staged if is_newest else tenant.member
         if self.lanes.get(lane.name) is lane and _lane.join(lane, newest):
@@ -193,6 +195,8 @@ class Members:
                 self.vacate(lane, [name])
             with self._lock:
                 self.tenants.pop(name, None)
+                for each in self.lanes.values():
+                    each.known.pop(name, None)  # the next of this name is another one
                 self._metrics.forget(name)
                 self._faults.quarantine.release(name)
             closed = ClosedError(f"job '{name}' was removed")

@@ -78,7 +78,8 @@ class Memory:
             return
         lanes = [*self._lanes(), *([beside] if beside else [])]
         lanes = list({id(lane): lane for lane in lanes}.values())
-        held = sum(bank_bytes(lane) for lane in lanes)
+        stacks = {id(x): x for lane in lanes for x in lane.bank.stacks}
+        held = sum(x.nbytes for x in stacks.values())  # siblings share some
         # What others in this process hold counts too, where the device tells.
         used = max(held, getattr(self._device, "memory_used_bytes", None) or 0)
         known = [n for lane in lanes for n in lane.step_bytes.values()]
@@ -134,6 +135,12 @@ def step_bytes(compiled: Any, bank: int) -> int:
     arguments = max(found.argument_size_in_bytes - bank, 0)
     made = found.output_size_in_bytes - found.alias_size_in_bytes
     return arguments + max(made, 0) + found.temp_size_in_bytes
+
+
+def own_bytes(lane: Lane) -> int:
+    """Return the bytes of a lane's weights that a lane like it has apart."""
+    kept = _bank.kept_once(lane.layout, lane.bank)
+    return sum(x.nbytes for a, x in enumerate(lane.bank.stacks) if a not in kept)
 
 
 def bank_bytes(lane: Lane, *, doubled: Sequence[int] = ()) -> int:

@@ -137,7 +137,9 @@ class Residency:
             return False
         of = _lane.species_of(lane, tenant.member)
         waiting = [
-            t for t in self._tenants.values() if t.lane == lane.name and t.is_on_host
+            t
+            for t in [*self._tenants.values()]  # others come and go meanwhile
+            if t.lane == lane.name and t.is_on_host
         ]
         pinned = [t for t in (*self._mates(lane, of), *waiting) if t.job.pinned]
         return len(pinned) + tenant.job.pinned < min(lane.capacities[s] for s in of)
@@ -146,7 +148,7 @@ class Residency:
         """Return the tenants that have slots of the same species."""
         return [
             self._tenants[name]
-            for name, places in lane.places.items()
+            for name, places in [*lane.places.items()]
             if tuple(s for s, _ in places) == species and name in self._tenants
         ]
 

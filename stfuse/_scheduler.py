@@ -140,7 +140,7 @@ class Scheduler:
             case Install():
                 self._install(event)
             case Drain():
-                self._max_queue_delay_s = 0.0
+                self._max_queue_delay_s, self._shares = 0.0, None
             case Join():
                 self._tenants[event.tenant] = Tenant(event.tenant, event.weight)
                 if self._shares:
@@ -172,6 +172,8 @@ class Scheduler:
             found = None
             if lane is not None and lane.ready:
                 mates = self._mates(lane, first, i - 1, seen, order)
+                if self._are_beyond(mates, lane, now_s):  # are others further down?
+                    mates = self._mates(lane, first, i - 1, seen, order, math.inf)
                 start_s, found = self._best(lane, mates, now_s)
                 if start_s > now_s:
                     held[first.lane] = start_s
@@ -216,11 +218,12 @@ class Scheduler:
         i: int,
         seen: list[Tenant],
         order: Iterator[Tenant],
+        look_ahead: float = _LOOK_AHEAD,
     ) -> list[Tenant]:
         """Return who may share a step with the first tenant, in order."""
         if self._policy is not Policy.SPACE_TIME:  # a lane has one tenant
             return [first]
-        most, name = _LOOK_AHEAD * lane.slots, first.lane
+        most, name = look_ahead * lane.slots, first.lane
         found = [tenant for tenant in seen[i:] if tenant.lane == name]
         while len(found) < most and (tenant := next(order, None)):
             if tenant.lane == name:
@@ -305,15 +308,24 @@ class Scheduler:
         of = partial(best, lane, now_s=now_s, **rules)
         if self._shares is None:
             return now_s, of(mates)
-        rows = mates[0].queue[0].rows
-        claims = self._claims = self._shares.claims(mates, lane, rows, now_s)
+        claims = self._claims = self._shares.claims(mates, lane, now_s)
+        if len(mates) == 1 and not self._shares.are_others_about(mates, now_s):
+            return now_s, of(mates)
         if not any(claims.values()):
-            start_s, longest_s = self._shares.turn(lane, rows, now_s)
+            start_s, longest_s = self._shares.turn(mates, lane, now_s)
             is_later = start_s > now_s
             return start_s, None if is_later else of(mates, longest_s=longest_s)
         # Those beyond fill what the others leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
         return now_s, of(ordered, claims=claims) or of(mates)
+
+    def _are_beyond(
+        self, mates: Sequence[Tenant], lane: LaneBuckets, now_s: float
+    ) -> bool:
+        """Return whether shares are strict, and none of some tenants has a claim."""
+        if self._shares is None:
+            return False
+        return not any(self._shares.claims(mates, lane, now_s).values())
 
     def _hold_until_s(
         self, mates: Sequence[Tenant], p99_s: float, now_s: float
@@ -338,7 +350,7 @@ class Scheduler:
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
         if self._shares:
-            self._shares.spend(tenants, self._claims, lane, bucket, now_s)
+            self._shares.spend(chunks, self._claims, lane, bucket, now_s)
         for tenant, chunk in zip(tenants, chunks, strict=True):
             tenant.turn = self._num_steps
             self._queues.drop(tenant, chunk.requests)

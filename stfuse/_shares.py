@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from stfuse._buckets import LaneBuckets
 from stfuse._queues import Tenant
-from stfuse._types import Bucket
+from stfuse._types import Bucket, Chunk
 
 _BURST = 8.0  # slots, where shares are equal: so many at once are nobody's flood
 _RECENT_S = 1.0  # others count as here so long after they were served
@@ -28,7 +28,7 @@ class Shares:
         self._weights: dict[str, float] = {}
         self._terms: dict[str, tuple[float, float]] = {}  # share, and slots of a burst
         self._spent: dict[str, tuple[float, float]] = {}  # seconds, and as of when
-        self._others_s = -math.inf  # when somebody within its share was served
+        self._recent: dict[str, float] = {}  # when whoever had a claim was served last
         self._rested_s = -math.inf  # when those beyond may have a step of their own
 
     def join(self, name: str, weight: float) -> None:
@@ -40,49 +40,63 @@ class Shares:
         """Forget one."""
         self._weights.pop(name, None)
         self._spent.pop(name, None)
+        self._recent.pop(name, None)
         self._terms.clear()
 
     def claims(
-        self, tenants: Iterable[Tenant], lane: LaneBuckets, rows: int, now_s: float
+        self, tenants: Iterable[Tenant], lane: LaneBuckets, now_s: float
     ) -> dict[str, int]:
         """Return how many slots of the next step each is entitled to, 0 if beyond.
 
         Args:
-            tenants: of one lane.
+            tenants: of one lane; each waits for a slot.
             lane: theirs.
-            rows: of a slot that they need.
             now_s: the time.
         """
-        slot_s, found = lane.slot_s(rows), {}
+        found: dict[str, int] = {}
+        slots_s: dict[tuple[int, int], float] = {}
         for tenant in tenants:
-            name = tenant.name
-            left = self._left_s(name, now_s) / slot_s
+            name, of = tenant.name, _slot_of(tenant)
+            if of not in slots_s:
+                slots_s[of] = lane.slot_s(*of)
+            left = self._left_s(name, now_s) / slots_s[of]
             # Rounded: what ran out exactly is not a last bit short of it.
-            found[name] = max(math.ceil(self._terms_of(name)[1] - left - 1e-6), 0)
+            found[name] = max(math.floor(self._terms_of(name)[1] - left + 1e-6), 0)
         return found
 
-    def turn(self, lane: LaneBuckets, rows: int, now_s: float) -> tuple[float, float]:
+    def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:
+        """Return whether anybody else with a claim was served a moment ago."""
+        since_s = now_s - _RECENT_S
+        # No later than now: the clock may have gone back.
+        self._recent = {
+            name: min(at_s, now_s)
+            for name, at_s in self._recent.items()
+            if at_s > since_s
+        }
+        return not self._recent.keys() <= {tenant.name for tenant in tenants}
+
+    def turn(
+        self, tenants: Sequence[Tenant], lane: LaneBuckets, now_s: float
+    ) -> tuple[float, float]:
         """Return when a step may serve only those beyond their shares, and how long.
 
         Any, and at once, if nobody else is about. Else a short one now and then: who
         comes meanwhile waits for it, and the host is busy with it.
 
         Args:
+            tenants: they.
             lane: theirs.
-            rows: of a slot that they need.
             now_s: the time.
         """
-        if now_s - self._others_s > _RECENT_S:
+        if not self.are_others_about(tenants, now_s):
             return now_s, math.inf
-        times = [t.step_s for bucket, t in lane.ready.items() if bucket.rows >= rows]
-        shortest_s = min(times, default=0.0)
-        # No later than that: the clock may have gone back.
+        shortest_s = lane.shortest_s(*_slot_of(tenants[0]))
         self._rested_s = min(self._rested_s, now_s + _REST * shortest_s)
         return self._rested_s, _SHORT * shortest_s
 
     def spend(
         self,
-        tenants: Sequence[Tenant],
+        chunks: Sequence[Chunk],
         claims: Mapping[str, int],
         lane: LaneBuckets,
         bucket: Bucket,
@@ -91,19 +105,21 @@ class Shares:
         """Take note of a step.
 
         Args:
-            tenants: whom it serves, once per slot.
+            chunks: whom it serves, a slot each.
             claims: of slots that they had.
             lane: theirs.
             bucket: the step's.
             now_s: the time.
         """
-        slot_s = lane.slot_s(bucket.rows)
-        for tenant in tenants:
-            left_s = self._left_s(tenant.name, now_s)
-            self._spent[tenant.name] = left_s + slot_s, now_s
-        if any(claims[tenant.name] for tenant in tenants):
-            self._others_s = now_s
-        else:
+        for name, _, _, _, species in chunks:
+            slot_s = lane.slot_s(species, bucket.rows)
+            # No more than two bursts: what it had while nobody else was about is past.
+            most_s = 2 * self._terms_of(name)[1] * slot_s
+            left_s = min(self._left_s(name, now_s) + slot_s, most_s)
+            self._spent[name] = left_s, now_s
+            if claims[name]:
+                self._recent[name] = now_s
+        if not any(claims[chunk.tenant] for chunk in chunks):
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 
     def _terms_of(self, name: str) -> tuple[float, float]:
@@ -117,3 +133,9 @@ class Shares:
     def _left_s(self, name: str, now_s: float) -> float:
         spent_s, at_s = self._spent.get(name, (0.0, now_s))
         return max(spent_s - self._terms_of(name)[0] * max(now_s - at_s, 0.0), 0.0)
+
+
+def _slot_of(tenant: Tenant) -> tuple[int, int]:
+    """Return the species and rows of what a tenant waits for first."""
+    _, _, rows, _, length, _ = tenant.queue[0]
+    return tenant.species[length], rows

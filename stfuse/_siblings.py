@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from stfuse import _lane
 from stfuse._flight import Tenant
 from stfuse._lane import Lane, Member
-from stfuse._memory import Memory, bank_bytes
+from stfuse._memory import Memory, own_bytes
 from stfuse._residency import as_install
 from stfuse._server import Server
 
@@ -43,7 +43,6 @@ class Siblings:
         self._max_slots = max_slots
         self._request = request
         self._politely = politely
-        self._names: set[str] = set()
         self._num = 0
 
     def take(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
@@ -63,26 +62,26 @@ class Siblings:
     def _take(self, lane: Lane, tenant: Tenant) -> str | None:
         """Return the name of the lane that serves a job now, None if there is none."""
         server = self._server
-        self._names &= {*server.lanes}
         keys = {trace.key for trace in lane.traces}
         if any(trace.key not in keys for trace in tenant.member.traces):
             return None
         species = _lane.species_of(lane, tenant.member)
         if min(lane.capacities[s] for s in species) < self._max_slots:
             return None
-        for other in [server.lanes[name] for name in self._names]:
-            if _lane.has_room(other, tenant.member):
+        start = f"{lane.name}##"  # no job's name has that
+        for other in [*server.lanes.values()]:
+            if other.name.startswith(start) and _lane.has_room(other, tenant.member):
                 with self._politely():
                     staged = _lane.staged(other, tenant.member)
                 join = server.members.join
                 server.command(lambda: join(other, tenant, staged)).result()  # noqa: B023
                 if tenant.is_placed and tenant.lane == other.name:
                     return other.name
-        if not self._memory.fits(bank_bytes(lane)):
+        if not self._memory.fits(own_bytes(lane)):
             return None
         self._num += 1
         with self._politely():
-            new = _lane.sibling(lane, f"{lane.name}##{self._num}")
+            new = _lane.sibling(lane, f"{start}{self._num}")
             staged = _lane.staged(new, tenant.member)
         is_open = server.command(lambda: self._open(new, tenant, staged)).result()
         return new.name if is_open else None
@@ -101,5 +100,4 @@ class Siblings:
         for bucket in lane.steps:
             server.start(lane, bucket)
         server.members.arrive(lane, [tenant])
-        self._names.add(lane.name)
         return True

@@ -8,6 +8,7 @@ import pytest
 import stfuse
 from stfuse._device import JaxDevice
 
+TWO = np.float32(2)
 ROWS = np.arange(-5, 5, dtype=np.float32).reshape(2, 5)
 
 
@@ -107,6 +108,31 @@ def test_what_cannot_be_compiled_so_is_compiled_as_ever(serve, monkeypatch):
     asked = jobs()[-3:]
     for (job, x), found in zip(asked, answers_of(serve(True), asked), strict=True):
         np.testing.assert_allclose(found, product(job.params, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2"])
+def test_packed_numbers_take_ordinary_memory(dtype):
+    dtype = jnp.dtype(dtype)
+    x = np.ones((1, 6), dtype)
+    job = stfuse.Job("packed", lambda p, x: (x.astype(jnp.float32) * p, x), TWO, x)
+    device = JaxDevice(jax.devices("cpu")[0], is_pinned=True)
+    with stfuse.Engine(device=device) as engine:
+        engine.add(job).result(60)
+        doubled, same = engine.infer("packed", x)
+    np.testing.assert_array_equal(doubled, np.full((1, 6), 2.0))
+    np.testing.assert_array_equal(same, x)
+
+
+def test_numbers_of_64_bits_take_ordinary_memory():
+    device = JaxDevice(jax.devices("cpu")[0], is_pinned=True)
+    assert type(device.allocate((3,), np.float64)) is np.ndarray
+    with jax.enable_x64(True):
+        x = np.ones((1, 300), np.float64)
+        job = stfuse.Job("wide", lambda p, x: x * p, np.float64(2), x)
+        with stfuse.Engine(device=device) as engine:
+            engine.add(job).result(60)
+            found = engine.infer("wide", x)
+    assert (found == 2).all()
 
 
 def test_a_cpu_has_no_need_of_it():

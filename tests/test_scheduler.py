@@ -256,24 +256,6 @@ def test_who_is_beyond_a_strict_share_fills_slots_but_chooses_no_bucket(is_stric
     assert [who for who, _ in rest] == ["a", "a"]  # what is left free
 
 
-def test_who_is_beyond_its_share_is_served_though_no_step_is_short_enough():
-    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
-    for name, weight in (("a", 1.0), ("b", 99.0)):
-        scheduler.handle(Join(name, weight))
-    scheduler.handle(Install("all", (2,), dict.fromkeys("ab", (0,))))
-    scheduler.handle(Ready("all", Bucket((1,), 1), 1.0))
-    # The shortest serves only those who have several waiting.
-    scheduler.handle(Ready("all", Bucket((2,), 1, is_open=True), 0.1))
-    for request in range(5):
-        submit(scheduler, request, "a")
-    assert len(served(scheduler.decide(0.0))) == 2  # its share, and more
-    assert len(served(scheduler.decide(0.0))) == 2  # a step of its own
-    decision = scheduler.decide(0.0)
-    assert decision.batch is None
-    assert decision.wait_until_s == pytest.approx(0.8)  # it rests eight times as long
-    assert served(scheduler.decide(0.81)) == [("a", (4,))]
-
-
 def test_a_backlog_is_as_many_tenants_as_the_last_step_had_slots_in_use():
     scheduler = one_lane(rows=1)
     scheduler.handle(Ready("all", Bucket((4,), 1, is_open=True), 0.011))

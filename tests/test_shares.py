@@ -2,11 +2,16 @@
 
 import math
 
-from stfuse._buckets import LaneBuckets, Times
-from stfuse._queues import Tenant
-from stfuse._shares import Shares
-from stfuse._types import Bucket
+import pytest
 
+from stfuse._buckets import LaneBuckets, Times
+from stfuse._queues import Entry, Tenant
+from stfuse._scheduler import Scheduler
+from stfuse._shares import Shares
+from stfuse._types import Bucket, Chunk, Drain, Install, Join, Policy, Ready
+from tests.test_scheduler import served, submit
+
+ONE = Bucket((1,), 1)
 STEP_S = {1: 1.0, 4: 1.2, 16: 1.6}  # so a slot of a full step takes 0.1 s
 
 
@@ -15,6 +20,10 @@ def lane():
     for slots, step_s in STEP_S.items():
         found.add(Bucket((slots,), 1), Times(step_s, step_s))
     return found
+
+
+def waiting(name, rows=1):
+    return Tenant(name, 1.0, queue=[Entry(math.inf, 0, rows, 0.0)])
 
 
 def shares_of(**weights):
@@ -26,31 +35,32 @@ def shares_of(**weights):
 
 def serve(shares, name, slots, now_s):
     """Serve a tenant, whoever is beyond its share; return whether it is then."""
-    one, all_of = Tenant(name, 1.0), lane()
-    claims = shares.claims([one], all_of, 1, now_s)
-    shares.spend([one] * slots, claims, all_of, Bucket((1,), 1), now_s)
-    return not shares.claims([one], all_of, 1, now_s)[name]
+    one, all_of = waiting(name), lane()
+    claims = shares.claims([one], all_of, now_s)
+    shares.spend([Chunk(name, (), 1, 0, 0)] * slots, claims, all_of, ONE, now_s)
+    return not shares.claims([one], all_of, now_s)[name]
 
 
 def test_a_burst_is_no_flood_and_runs_out_with_time():
     shares = shares_of(a=1.0, b=1.0)
     assert not serve(shares, "a", 7, 0.0)
     assert serve(shares, "a", 1, 0.0)
-    both = [Tenant(name, 1.0) for name in "ab"]
-    assert shares.claims(both, lane(), 1, 0.0) == {"a": 0, "b": 8}
+    both = [*map(waiting, "ab")]
+    assert shares.claims(both, lane(), 0.0) == {"a": 0, "b": 8}
     # Half of the time runs out of it, and a slot of a full step takes 0.1 s.
-    assert shares.claims(both, lane(), 1, 0.19)["a"] == 1
-    assert shares.claims(both, lane(), 1, 0.21)["a"] == 2
-    assert shares.claims(both, lane(), 1, 9.0)["a"] == 8
+    assert shares.claims(both, lane(), 0.19)["a"] == 0
+    assert shares.claims(both, lane(), 0.21)["a"] == 1
+    assert shares.claims(both, lane(), 9.0)["a"] == 8
 
 
 def test_a_weight_says_how_much_it_holds_and_how_fast_that_runs_out():
     shares, all_of = shares_of(a=1.0, b=3.0), lane()
-    both = [Tenant(name, 1.0) for name in "ab"]
-    assert shares.claims(both, all_of, 1, 0.0) == {"a": 4, "b": 12}
+    both = [*map(waiting, "ab")]
+    assert shares.claims(both, all_of, 0.0) == {"a": 4, "b": 12}
     for name in "ab":
         assert serve(shares, name, 20, 0.0)
-    assert shares.claims(both, all_of, 1, 2.0) == {"a": 0, "b": 7}
+    # More than two bursts is not held against anybody: 8 and 20 slots, less 5 and 15.
+    assert shares.claims(both, all_of, 2.0) == {"a": 1, "b": 7}
 
 
 def test_who_asks_for_its_share_is_never_beyond_it():
@@ -61,33 +71,109 @@ def test_who_asks_for_its_share_is_never_beyond_it():
 
 def test_those_beyond_have_short_steps_now_and_then_while_others_are_about():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
-    assert shares.turn(all_of, 1, 0.0) == (0.0, math.inf)
+    assert shares.turn([waiting("a")], all_of, 0.0) == (0.0, math.inf)
     assert not serve(shares, "b", 1, 0.0)
     assert serve(shares, "a", 20, 0.2)
-    assert shares.turn(all_of, 1, 0.3)[0] < 0.3
+    assert shares.turn([waiting("a")], all_of, 0.3)[0] < 0.3
     assert serve(shares, "a", 9, 0.3)  # a step of one second, its own
-    assert shares.turn(all_of, 1, 0.9) == (0.3 + 8.0, 1.25)
-    assert shares.turn(all_of, 1, 1.3) == (1.3, math.inf)  # nobody else for a second
+    assert shares.turn([waiting("a")], all_of, 0.9) == (0.3 + 8.0, 1.25)
+    # Nobody else for a second.
+    assert shares.turn([waiting("a")], all_of, 1.3) == (1.3, math.inf)
+
+
+def test_whoever_is_alone_is_nobody_else():
+    shares, all_of = shares_of(a=1.0, b=1.0), lane()
+    assert serve(shares, "a", 20, 0.0)
+    assert shares.turn([waiting("a")], all_of, 0.1) == (0.1, math.inf)
+
+
+def test_a_lone_tenant_has_all_there_is():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name in "ab":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (64,), {"a": (0,), "b": (0,)}))
+    for slots, step_s in ((1, 1.0), (8, 1.2), (64, 3.0)):
+        ready = Bucket((slots,), 1, is_open=slots == 64)
+        scheduler.handle(Ready("all", ready, step_s))
+    for request in range(640):
+        submit(scheduler, request, "a")
+    now_s = 0.0
+    for _ in range(10):
+        batch = scheduler.decide(now_s).batch
+        assert len(batch.chunks) == 64
+        now_s += batch.predicted_s
+
+
+def test_who_has_a_claim_is_found_behind_many_who_have_none():
+    names = [f"flood{i}" for i in range(30)]
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name in (*names, "good"):
+        scheduler.handle(Join(name, 100.0 if name == "good" else 0.1))
+    scheduler.handle(Install("all", (32,), dict.fromkeys((*names, "good"), (0,))))
+    scheduler.handle(Ready("all", Bucket((2,), 1), 0.001))
+    for request in range(300):
+        submit(scheduler, request, names[request % 30])
+    for _ in range(15):  # each has had its share, and more
+        scheduler.decide(0.0)
+    submit(scheduler, 300, "good")
+    assert served(scheduler.decide(0.0))[0][0] == "good"
+    now_s = 0.0
+    for request in range(301, 320):
+        for _ in range(3):
+            now_s += 0.001
+            scheduler.decide(now_s)
+        submit(scheduler, request, "good")
+        assert "good" in dict(served(scheduler.decide(now_s)))
+
+
+def test_what_is_held_is_served_when_nobody_comes_any_more():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name, weight in (("a", 1.0), ("b", 99.0)):
+        scheduler.handle(Join(name, weight))
+    scheduler.handle(Install("all", (1,), dict.fromkeys("ab", (0,))))
+    scheduler.handle(Ready("all", ONE, 1.0))
+    submit(scheduler, 0, "b")
+    assert served(scheduler.decide(0.0)) == [("b", (0,))]
+    for request in (1, 2, 3, 4):
+        submit(scheduler, request, "a")
+    while (decision := scheduler.decide(0.0)).batch:
+        pass
+    assert decision.wait_until_s is not None
+    scheduler.handle(Drain())
+    assert scheduler.decide(0.0).batch
+
+
+def test_a_slot_of_a_dear_program_counts_for_what_it_takes():
+    shares, both = shares_of(a=1.0, b=1.0), LaneBuckets((8, 8), ())
+    both.add(Bucket((8, 0), 1), Times(0.8, 0.8))
+    both.add(Bucket((0, 8), 1), Times(80.0, 80.0))
+    shares.spend([Chunk("a", (), 1, 0, 1)] * 8, {"a": 8}, both, Bucket((0, 8), 1), 0.0)
+    cheap, dear = waiting("a"), waiting("a")
+    dear.species = (1,)
+    assert shares.claims([dear], both, 0.0) == {"a": 0}
+    assert shares.claims([dear], both, 40.0) == {"a": 2}
+    assert shares.claims([cheap], both, 40.0) == {"a": 0}
 
 
 def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
     assert not serve(shares, "b", 1, 1000.0)
     assert serve(shares, "a", 20, 1000.0) and serve(shares, "a", 9, 1000.0)
-    assert shares.turn(all_of, 1, 5.0) == (13.0, 1.25)
-    assert shares.turn(all_of, 1, 12.0) == (13.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 5.0) == (13.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 5.9) == (13.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 7.0) == (7.0, math.inf)
 
 
 def test_a_clock_that_goes_back_gives_and_takes_nothing():
     shares = shares_of(a=1.0)
     assert serve(shares, "a", 9, 100.0)
-    assert shares.claims([Tenant("a", 1.0)], lane(), 1, 50.0) == {"a": 0}
+    assert shares.claims([waiting("a")], lane(), 50.0) == {"a": 0}
 
 
 def test_where_no_step_has_so_many_rows_nobody_is_beyond():
     shares = shares_of(a=1.0)
     assert serve(shares, "a", 9, 0.0)
-    assert shares.claims([Tenant("a", 1.0)], lane(), 2, 0.0) == {"a": 8}
+    assert shares.claims([waiting("a", rows=2)], lane(), 0.0) == {"a": 8}
 
 
 def test_who_left_and_comes_back_starts_anew():
@@ -95,4 +181,42 @@ def test_who_left_and_comes_back_starts_anew():
     assert serve(shares, "a", 9, 0.0)
     shares.leave("a")
     shares.join("a", 1.0)
-    assert shares.claims([Tenant("a", 1.0)], lane(), 1, 0.0) == {"a": 8}
+    assert shares.claims([waiting("a")], lane(), 0.0) == {"a": 8}
+
+
+def test_who_is_beyond_its_share_is_served_though_no_step_is_short_enough():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name, weight in (("a", 1.0), ("b", 99.0)):
+        scheduler.handle(Join(name, weight))
+    scheduler.handle(Install("all", (2,), dict.fromkeys("ab", (0,))))
+    scheduler.handle(Ready("all", Bucket((1,), 1), 1.0))
+    # The shortest serves only those who have several waiting.
+    scheduler.handle(Ready("all", Bucket((2,), 1, is_open=True), 0.1))
+    submit(scheduler, 5, "b")
+    assert served(scheduler.decide(0.0)) == [("b", (5,))]
+    for request in range(5):
+        submit(scheduler, request, "a")
+    assert len(served(scheduler.decide(0.0))) == 2  # its share, and more
+    assert len(served(scheduler.decide(0.0))) == 2  # a step of its own
+    decision = scheduler.decide(0.0)
+    assert decision.batch is None
+    assert decision.wait_until_s == pytest.approx(0.8)  # it rests eight times as long
+    assert served(scheduler.decide(0.81)) == [("a", (4,))]
+
+
+def test_those_beyond_their_shares_are_served_whatever_their_program():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name in "abc":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (1, 1), {"a": (0,), "b": (1,), "c": (0,)}))
+    scheduler.handle(Ready("all", Bucket((1, 0), 1), 0.001))
+    scheduler.handle(Ready("all", Bucket((0, 1), 1), 0.01))
+    for request in range(40):
+        submit(scheduler, request, "b")
+    now_s = 0.0
+    while scheduler.num_queued:
+        submit(scheduler, 1000 + int(1e6 * now_s), "c")
+        while (decision := scheduler.decide(now_s)).batch:
+            now_s += decision.batch.predicted_s
+        now_s = max(decision.wait_until_s or now_s, now_s + 1e-3)
+        assert now_s < 60.0

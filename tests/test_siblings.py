@@ -7,6 +7,7 @@ import stfuse
 from stfuse import _lane
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import ROW, assert_idle, serve
+from tests.test_lengths import assert_alone, encoder, request, sample
 
 
 def job(i, **options):
@@ -112,6 +113,63 @@ def test_other_programs_and_other_shared_leaves_are_no_siblings():
         assert_all_answer(engine, [0])
 
 
+def test_a_namesake_with_another_shared_leaf_is_not_taken_for_the_one_before():
+    trunk = np.arange(9, dtype=np.float32).reshape(3, 3)
+
+    def head(i, trunk=trunk):
+        params = {"trunk": trunk, "head": np.full(3, i, "f")}
+        return stfuse.Job(f"h{i}", lambda p, x: x @ p["trunk"] + p["head"], params, ROW)
+
+    heads = [head(i) for i in range(3)]
+    other = stfuse.Job(
+        "h2", heads[0].apply_fn, {"trunk": trunk * 2, "head": heads[2].params["head"]},
+        ROW,
+    )  # fmt: skip
+    heads = [stfuse.Job(h.name, other.apply_fn, h.params, ROW) for h in heads]
+    device = FakeDevice(memory_limit_bytes=1 << 30)
+    with serve(*heads[:2], device=device, max_slots=2, max_batch_size=1) as engine:
+        engine.add(heads[2]).result(60)
+        for name in ("h2", "h1"):
+            engine.remove(name)
+        engine.add(other).result(60)
+        np.testing.assert_array_equal(engine.infer("h2", ROW), ROW @ (trunk * 2) + 2)
+
+
+def test_what_siblings_share_counts_once():
+    trunk = np.arange(4096, dtype=np.float32).reshape(64, 64) % 7
+
+    def apply_fn(p, x):
+        return x @ p["trunk"] + p["head"]
+
+    row = np.ones((1, 64), np.float32)
+    params = [{"trunk": trunk, "head": np.full(64, i, "f")} for i in range(8)]
+    heads = [stfuse.Job(f"h{i}", apply_fn, p, row) for i, p in enumerate(params)]
+    options = {"max_batch_size": 1, "max_slots": 2, "device": FakeDevice()}
+    options["max_device_bytes"] = 5 * trunk.nbytes
+    with serve(*heads[:2], **options) as engine:
+        for one in heads[2:]:
+            engine.add(one).result(60)
+        assert len(engine._server.lanes) == 4
+        for i, one in enumerate(heads):
+            wanted = row @ trunk + i
+            np.testing.assert_array_equal(engine.infer(one.name, row), wanted)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_jobs_of_one_length_and_of_two_have_slots_of_their_own(length):
+    both = [encoder(f"e{i}", i, (4, 8)) for i in range(5)]
+    one = stfuse.Job("one", both[0].apply_fn, both[4].params, sample(length))
+    options = {"max_batch_size": 2, "max_slots": 4, "device": FakeDevice()}
+    with serve(*both[:3], **options) as engine:
+        engine.remove("e0")
+        engine.add(one).result(60)
+        engine.add(both[3]).result(60)
+        for each in both[1:4]:
+            for size in (3, 6):
+                x = request(size, 1, size)
+                assert_alone(each, x, engine.infer(each.name, x))
+
+
 def test_where_there_is_no_memory_for_one_jobs_take_turns():
     size = 4 * (3 * 3 + 3)
     with full(FakeDevice(), max_device_bytes=int(3.9 * size) + 200) as engine:
@@ -148,6 +206,27 @@ def test_a_job_that_leaves_meanwhile_has_nothing_built(monkeypatch):
         assert device.num_compiles == compiles
         assert lane_of(engine, 0) == "all" and lane_of(engine, 3).startswith("all##")
         assert_all_answer(engine, (0, 1, 3))
+
+
+def test_a_job_that_leaves_while_it_is_staged_gets_no_slot(monkeypatch):
+    with full(FakeDevice()) as engine:
+        engine.add(job(2)).result(60)
+        stage = _lane.staged
+
+        def slow_staged(lane, member):
+            found = stage(lane, member)
+            engine.remove("t3")
+            return found
+
+        monkeypatch.setattr(_lane, "staged", slow_staged)
+        with pytest.raises(stfuse.ClosedError):
+            engine.add(job(3)).result(60)
+        monkeypatch.undo()
+        namesake = affine_job("t3", scale=10.0, shift=4.5)
+        engine.add(namesake).result(60)
+        np.testing.assert_array_equal(engine.infer("t3", ROW), expected(9))
+        engine.remove("t2")
+        np.testing.assert_array_equal(engine.infer("t3", ROW), expected(9))
 
 
 def test_a_job_that_is_swapped_meanwhile_has_its_newest_weights(monkeypatch):
