@@ -124,7 +124,7 @@ class FakeDevice:
         self.memory_limit_bytes = memory_limit_bytes
         self._computes = computes
         self.name = f"fake:{next(_NUMBERS)}"  # shares no compiled step with another
-        self._real = JaxDevice()
+        self._real = JaxDevice(is_pinned=False)  # its buffers are ordinary ones
         self._clock = clock
         self._step_s = step_s
         self._open = threading.Event()
