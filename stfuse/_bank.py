@@ -245,11 +245,12 @@ def write(
 
 
 def kept_once(layout: Layout, bank: Bank) -> set[int]:
-    """Return which stacks have no slot axis: what is in them is there once."""
+    """Return which stacks several jobs share: what is in them is there once."""
     own = set()
     for i, buffer in enumerate(layout.params):
         a, k = layout.array_of(i)
-        if k is not None or is_stacked(bank.stacks[a], buffer):
+        is_own = k is not None or layout.rows_of(i) == 1
+        if is_own or is_stacked(bank.stacks[a], buffer):
             own.add(a)
     return set(range(len(bank.stacks))) - own
 
