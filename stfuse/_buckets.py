@@ -12,6 +12,11 @@ from stfuse._queues import Tenant
 from stfuse._types import Bucket, Chunk
 
 
+# Of a step's slots, those that others than it is for may have: free on the device, but
+# each costs the host what one that counts does.
+_ALONG = 1 / 8
+
+
 class Times(NamedTuple):
     """Predicted seconds of a step: the median, and the 99th percentile."""
 
@@ -40,10 +45,18 @@ class LaneBuckets:
     rows: int = 0
     is_dense: bool = True
     open_slots: int = 0
+    _least_s: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
-    def add(self, bucket: Bucket, times: Times) -> None:
-        """Take note of a bucket that is new."""
+    def predict(self, bucket: Bucket, times: Times) -> bool:
+        """Take note of what a step takes; return whether its bucket is new."""
+        self._least_s.clear()
+        is_new = bucket not in self.ready
         self.ready[bucket] = times
+        if is_new:
+            self._sort()
+        return is_new
+
+    def _sort(self) -> None:
         self.ready = dict(sorted(self.ready.items(), key=lambda item: item[0].rows))
         self.rows = next(reversed(self.ready)).rows
         largest = max(self.ready, key=lambda each: (sum(each.slots), each.is_open))
@@ -69,21 +82,24 @@ class LaneBuckets:
 
         Infinite if none that is ready has one of so many.
         """
-        each = [
-            times.step_s / sum(bucket.slots)
-            for bucket, times in self.ready.items()
-            if bucket.slots[species] and bucket.rows >= rows
-        ]
-        return min(each, default=math.inf)
+        return self._least(species, rows)[0]
 
     def shortest_s(self, species: int, rows: int) -> float:
         """Return what the shortest step with such a slot takes, seconds."""
-        each = [
-            times.step_s
-            for bucket, times in self.ready.items()
-            if bucket.slots[species] and bucket.rows >= rows
-        ]
-        return min(each, default=math.inf)
+        return self._least(species, rows)[1]
+
+    def _least(self, species: int, rows: int) -> tuple[float, float]:
+        found = self._least_s.get((species, rows))
+        if found is None:
+            pairs = [
+                (times.step_s / sum(bucket.slots), times.step_s)
+                for bucket, times in self.ready.items()
+                if bucket.slots[species] and bucket.rows >= rows
+            ]
+            least = [min(each) for each in zip(*pairs, strict=True)]
+            found = (least[0], least[1]) if least else (math.inf, math.inf)
+            self._least_s[species, rows] = found
+        return found
 
     def _is_dense(self, bucket: Bucket) -> bool:
         pairs = zip(bucket.slots, self.capacities, strict=True)
@@ -91,11 +107,20 @@ class LaneBuckets:
 
 
 def fill(
-    lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Sequence[Chunk]]
+    lane: LaneBuckets,
+    bucket: Bucket,
+    chunks: Sequence[Sequence[Chunk]],
+    first: Sequence[Chunk] = (),
 ) -> list[Chunk]:
     """Return what a bucket would serve: a slot for each tenant, then seconds.
 
     Where a bank runs as a whole, a tenant has its own slot only.
+
+    Args:
+        lane: whose bucket.
+        bucket: which.
+        chunks: of each tenant, in order.
+        first: those that have their slots already.
     """
     left = list(bucket.slots)
     picked: list[Chunk] = []
@@ -109,6 +134,8 @@ def fill(
             held.add(who)
             left[s] -= 1
 
+    for chunk in first:
+        pick(chunk)
     for own in chunks:
         if own:
             pick(own[0])
@@ -137,7 +164,7 @@ def best(
         now_s: the time.
         is_one: whether a step has one request.
         any_time: whether it counts alike that the first is answered in time, or not.
-        claims: how many slots of each tenant count; None for all.
+        claims: most slots of each tenant; None for as many as there are.
         longest_s: what it may take, if any takes no longer.
     """
     first = mates[0]
@@ -158,7 +185,7 @@ def best(
                 of_mates = zip(mates, limits, strict=True)
                 cut = [_chunks(t, max_rows, limit, is_one) for t, limit in of_mates]
                 is_whole = all(map(_is_whole, cut, mates))
-                most = sum([_rows(own, claims) for own in cut])
+                most = sum([_rows(own) for own in cut])
                 has_several = max(map(len, cut)) > 1
         if bucket.is_open and not has_several:
             continue
@@ -175,11 +202,37 @@ def best(
         if (is_in_time, rate) <= best_score:
             break  # nor can any that follows
         chunks = fill(lane, bucket, own)
-        score = (is_in_time, _rows(chunks, claims) / step_s)
+        score = (is_in_time, _rows(chunks) / step_s)
         serves_first = chunks and chunks[0].tenant == first.name
         if serves_first and score > best_score:
             chosen, best_score = (bucket, chunks), score
     return chosen
+
+
+def take_along(
+    lane: LaneBuckets, bucket: Bucket, chunks: list[Chunk], mates: Sequence[Tenant]
+) -> list[Chunk]:
+    """Return a step with what else waits, in some of the slots that it leaves free.
+
+    Args:
+        lane: whose step.
+        bucket: which.
+        chunks: what it is for.
+        mates: who may be in it, in order.
+    """
+    num_slots = sum(bucket.slots)
+    most = min(num_slots - len(chunks), max(int(_ALONG * num_slots), 1))
+    if not most:
+        return chunks
+    taken = {request for chunk in chunks for request in chunk.requests}
+    others = []
+    for tenant in mates:
+        if tenant.queue[-1].request not in taken:
+            own = _chunks(tenant, bucket.rows, len(chunks) + most, False)
+            others.append([c for c in own if taken.isdisjoint(c.requests)])
+    if not others:
+        return chunks
+    return fill(lane, bucket, others, chunks)[: len(chunks) + most]
 
 
 def _limits(
@@ -190,9 +243,7 @@ def _limits(
     slots = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
     if claims is None:
         return [slots[t.species] for t in mates]
-    # Beyond its claim it gets what those that count leave free: no more than they have.
-    num = len(mates)
-    return [min(slots[t.species], claims[t.name] + num) for t in mates]
+    return [min(slots[t.species], claims[t.name]) for t in mates]
 
 
 def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:
@@ -224,19 +275,8 @@ def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chu
     ]
 
 
-def _rows(chunks: Sequence[Chunk], claims: Mapping[str, int] | None) -> int:
-    """Return the rows of chunks, of so many of each tenant."""
-    if claims is None:
-        return sum([chunk.rows for chunk in chunks])
-    rows, left = 0, {}
-    for tenant, _, own, _, _ in chunks:
-        count = left.get(tenant)
-        if count is None:
-            count = claims[tenant]
-        left[tenant] = count - 1
-        if count > 0:
-            rows += own
-    return rows
+def _rows(chunks: Sequence[Chunk]) -> int:
+    return sum([chunk.rows for chunk in chunks])
 
 
 def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import jax
@@ -209,7 +210,7 @@ class CostTable:
             del self._seen[key]
 
     def _times(self, seen: _Seen) -> tuple[float, float]:
-        recent_s = sorted(list(seen.last_s)[-self._window :])
+        recent_s = sorted(islice(reversed(seen.last_s), self._window))
         # At most one in a hundred exceeds it; of a few, none.
         p99_s = seen.ordered_s[-2 if len(seen.ordered_s) > 8 else -1]
         return recent_s[(len(recent_s) - 1) // 2], p99_s

@@ -64,7 +64,8 @@ class Canary:
         if lane is None:
             return self.failure
         try:
-            slots, inputs, placed = _staging.stage(lane, _BUCKET, [_CHUNK], _LEAVES)
+            staged, placed = _staging.stage(lane, _BUCKET, [_CHUNK], _LEAVES)
+            slots, inputs, _ = staged
             step = lane.steps[_BUCKET]
             outputs = self._device.read(
                 self._device.launch(step, lane.bank.stacks, slots, inputs)
@@ -74,7 +75,7 @@ class Canary:
         ((species, slot),) = placed
         ((i, row, _),) = _staging.cut_places(lane, _BUCKET, species)
         found = np.asarray(outputs[i])[row + slot].tolist()
-        _staging.release(lane, _BUCKET, slots, inputs)
+        _staging.release(lane, _BUCKET, staged)
         if found != _ANSWER:
             return f"the canary's answer is {found}; expected {_ANSWER}"
         return ""

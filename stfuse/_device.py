@@ -31,6 +31,12 @@ class _Pinned(np.ndarray):
     array: Any = None
 
 
+class _PinnedOutputs(tuple[Any, ...]):
+    """What such a step returns."""
+
+    __slots__ = ()
+
+
 class _PinnedStep:
     """A compiled step whose inputs and outputs are in pinned memory."""
 
@@ -44,9 +50,10 @@ class _PinnedStep:
 
     def __call__(self, bank: Any, *staged: Sequence[Any]) -> Any:
         """Start it, over host buffers from `JaxDevice.allocate`."""
-        return self._call(
+        outputs = self._call(
             bank, *[[getattr(x, "array", x) for x in buffers] for buffers in staged]
         )
+        return _PinnedOutputs(outputs)
 
 
 def _can_be_pinned(x: Any) -> bool:
@@ -58,6 +65,19 @@ def _can_be_pinned(x: Any) -> bool:
         return False  # a typed key
     is_whole = x.dtype.name not in _PACKED
     return is_whole and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
+
+
+def _memory_of(array: Any) -> np.ndarray:
+    """Return the memory of a pinned array, which lives as long as any part of this.
+
+    What JAX would return is a copy of it, made in the time of whoever waits for it.
+    """
+    if not array.nbytes:
+        return np.zeros(array.shape, array.dtype)
+    address = array.unsafe_buffer_pointer()
+    memory: Any = (ctypes.c_byte * array.nbytes).from_address(address)
+    memory.array = array
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 def _at(where: Any, specs: Any) -> Any:
@@ -126,12 +146,8 @@ class JaxDevice:
         if not (self._is_pinned and _can_be_pinned(zeros)):
             return zeros
         array = jax.block_until_ready(jax.device_put(zeros, self._pinned))
-        if zeros.nbytes:
-            # Nobody else has this array, and no step reads it while it is written to.
-            address = array.unsafe_buffer_pointer()
-            memory: Any = (ctypes.c_byte * zeros.nbytes).from_address(address)
-            zeros = np.frombuffer(memory, zeros.dtype).reshape(shape)
-        buffer = zeros.view(_Pinned)
+        # Nobody else has this array, and no step reads it while it is written to.
+        buffer = _memory_of(array).view(_Pinned)
         buffer.array = array
         return buffer
 
@@ -178,7 +194,7 @@ class JaxDevice:
             inputs: host buffers, the same; not to be written to before `read` returns.
         """
         outputs = compiled(bank, slots, inputs)
-        if self.is_accelerator and not isinstance(compiled, _PinnedStep):
+        if self.is_accelerator and not isinstance(outputs, _PinnedOutputs):
             for array in outputs:
                 if array is not None:
                     array.copy_to_host_async()
@@ -186,5 +202,8 @@ class JaxDevice:
 
     def read(self, outputs: Any) -> Sequence[Any]:
         """Wait for a step and return its outputs as host arrays."""
+        if isinstance(outputs, _PinnedOutputs):
+            arrays = [x if x is None else x.block_until_ready() for x in outputs]
+            return [x if x is None else _memory_of(x) for x in arrays]
         # Plain loops: a tree map costs more than the arrays that it visits.
         return [None if x is None else to_host(x) for x in outputs]

@@ -15,7 +15,7 @@ from stfuse._job import Job
 from stfuse._lane import Lane, Member
 from stfuse._lengths import Shapes
 from stfuse._stacked import resized
-from stfuse._staging import as_bytes, cut_leaves, cut_places
+from stfuse._staging import Staged, cut_leaves, cut_places, memory_of
 from stfuse._types import Batch, StepRecord
 
 
@@ -114,7 +114,7 @@ class Flight:
     lane: Lane
     batch: Batch
     requests: Mapping[int, Request]
-    staged: tuple[Any, Any]
+    staged: Staged
     placed: list[tuple[int, int]]
     outputs: Any
     launched_s: float
@@ -129,7 +129,7 @@ def answers(flight: Flight, outputs: Any) -> list[tuple[int, Any]]:
         outputs: what it computed, on the host.
     """
     found = []
-    memory = [(x, as_bytes(x)) for x in outputs]
+    memory = memory_of(outputs)
     lane, bucket = flight.lane, flight.batch.bucket
     places_of = [
         cut_places(lane, bucket, s) if k else () for s, k in enumerate(bucket.slots)

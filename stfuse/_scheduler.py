@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from stfuse._admission import Admission, Bounds
-from stfuse._buckets import LaneBuckets, Times, best
+from stfuse._buckets import LaneBuckets, Times, best, take_along
 from stfuse._queues import Queues, Tenant
 from stfuse._shares import Shares
 from stfuse._types import (
@@ -172,8 +172,11 @@ class Scheduler:
             found = None
             if lane is not None and lane.ready:
                 mates = self._mates(lane, first, i - 1, seen, order)
-                if self._are_beyond(mates, lane, now_s):  # are others further down?
-                    mates = self._mates(lane, first, i - 1, seen, order, math.inf)
+                if self._shares:
+                    self._claims = self._shares.claims(mates, lane, now_s)
+                    if not any(self._claims.values()):  # are others further down?
+                        mates = self._mates(lane, first, i - 1, seen, order, math.inf)
+                        self._claims = self._shares.claims(mates, lane, now_s)
                 start_s, found = self._best(lane, mates, now_s)
                 if start_s > now_s:
                     held[first.lane] = start_s
@@ -257,10 +260,7 @@ class Scheduler:
         if lane is not None:
             p99_s = event.step_s if event.p99_s is None else event.p99_s
             times = Times(event.step_s, p99_s)
-            if event.bucket in lane.ready:
-                lane.ready[event.bucket] = times
-            else:
-                lane.add(event.bucket, times)
+            if lane.predict(event.bucket, times):
                 self._queues.unpark(event.lane)
 
     def _install(self, event: Install) -> None:
@@ -308,24 +308,17 @@ class Scheduler:
         of = partial(best, lane, now_s=now_s, **rules)
         if self._shares is None:
             return now_s, of(mates)
-        claims = self._claims = self._shares.claims(mates, lane, now_s)
+        claims = self._claims
         if len(mates) == 1 and not self._shares.are_others_about(mates, now_s):
             return now_s, of(mates)
         if not any(claims.values()):
             start_s, longest_s = self._shares.turn(mates, lane, now_s)
             is_later = start_s > now_s
             return start_s, None if is_later else of(mates, longest_s=longest_s)
-        # Those beyond fill what the others leave free.
-        ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
-        return now_s, of(ordered, claims=claims) or of(mates)
-
-    def _are_beyond(
-        self, mates: Sequence[Tenant], lane: LaneBuckets, now_s: float
-    ) -> bool:
-        """Return whether shares are strict, and none of some tenants has a claim."""
-        if self._shares is None:
-            return False
-        return not any(self._shares.claims(mates, lane, now_s).values())
+        found = of([t for t in mates if claims[t.name]], claims=claims)
+        if found is None:
+            return now_s, of(mates)
+        return now_s, (found[0], take_along(lane, *found, mates))
 
     def _hold_until_s(
         self, mates: Sequence[Tenant], p99_s: float, now_s: float

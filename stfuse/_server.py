@@ -358,14 +358,13 @@ class Server:
     ) -> Flight:
         lane, bucket = self.lanes[batch.lane], batch.bucket
         leaves_of = {number: r.leaves for number, r in requests.items()}
-        slots, inputs, placed = _staging.stage(lane, bucket, batch.chunks, leaves_of)
+        staged, placed = _staging.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
         self._num_launches += 1
         with StepTraceAnnotation("stfuse_step", step_num=self._num_launches):
             step = lane.steps[bucket]
-            outputs = self.device.launch(step, lane.bank.stacks, slots, inputs)
+            outputs = self.device.launch(step, lane.bank.stacks, *staged[:2])
         host_s = self._decide_s, launched_s - begun_s, self.clock() - launched_s
-        staged = slots, inputs
         return Flight(
             lane, batch, requests, staged, placed, outputs, launched_s, host_s
         )
@@ -387,7 +386,7 @@ class Server:
         predictions = self.members.measured(lane, bucket, step_s)
         record = _flight.record(flight, now_s, step_s)
         answers = _flight.answers(flight, outputs)
-        _staging.release(lane, bucket, *flight.staged)
+        _staging.release(lane, bucket, flight.staged)
         with self.lock:
             self._predict(predictions)
             self.metrics.record(record)

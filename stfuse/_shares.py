@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from stfuse._buckets import LaneBuckets
 from stfuse._queues import Tenant
@@ -20,28 +21,50 @@ _SHORT = 1.25  # times the shortest step: what a step may take that serves no ot
 _REST = 8.0  # times as long as it took until the next one of those
 
 
+@dataclass(slots=True)
+class _Account:
+    """A tenant's leaky bucket.
+
+    Attributes:
+        weight: of its share.
+        share: of the device's time; at most 1.
+        burst: slots that it may have at once.
+        spent_s: what was in it, seconds.
+        at_s: as of when.
+    """
+
+    weight: float
+    share: float = 0.0
+    burst: float = 0.0
+    spent_s: float = 0.0
+    at_s: float = 0.0
+
+    def left_s(self, now_s: float) -> float:
+        """Return what is in it; no more than there was, should the clock go back."""
+        gone_s = self.share * (now_s - self.at_s)
+        return max(self.spent_s - gone_s, 0.0) if gone_s > 0 else self.spent_s
+
+
 class Shares:
     """The buckets of all tenants."""
 
     def __init__(self) -> None:
         """Start with no tenants."""
-        self._weights: dict[str, float] = {}
-        self._terms: dict[str, tuple[float, float]] = {}  # share, and slots of a burst
-        self._spent: dict[str, tuple[float, float]] = {}  # seconds, and as of when
+        self._accounts: dict[str, _Account] = {}
+        self._is_divided = True
         self._recent: dict[str, float] = {}  # when whoever had a claim was served last
         self._rested_s = -math.inf  # when those beyond may have a step of their own
 
     def join(self, name: str, weight: float) -> None:
         """Take note of a tenant."""
-        self._weights[name] = weight
-        self._terms.clear()
+        self._accounts[name] = _Account(weight)
+        self._is_divided = False
 
     def leave(self, name: str) -> None:
         """Forget one."""
-        self._weights.pop(name, None)
-        self._spent.pop(name, None)
+        self._accounts.pop(name, None)
         self._recent.pop(name, None)
-        self._terms.clear()
+        self._is_divided = False
 
     def claims(
         self, tenants: Iterable[Tenant], lane: LaneBuckets, now_s: float
@@ -53,15 +76,16 @@ class Shares:
             lane: theirs.
             now_s: the time.
         """
+        if not self._is_divided:
+            self._divide()
         found: dict[str, int] = {}
-        slots_s: dict[tuple[int, int], float] = {}
         for tenant in tenants:
-            name, of = tenant.name, _slot_of(tenant)
-            if of not in slots_s:
-                slots_s[of] = lane.slot_s(*of)
-            left = self._left_s(name, now_s) / slots_s[of]
+            account = self._accounts[tenant.name]
+            most, left_s = account.burst, account.left_s(now_s)
+            if left_s:
+                most -= left_s / lane.slot_s(*_slot_of(tenant))
             # Rounded: what ran out exactly is not a last bit short of it.
-            found[name] = max(math.floor(self._terms_of(name)[1] - left + 1e-6), 0)
+            found[tenant.name] = max(int(most + 1e-6), 0)
         return found
 
     def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:
@@ -111,28 +135,26 @@ class Shares:
             bucket: the step's.
             now_s: the time.
         """
+        if not self._is_divided:
+            self._divide()
         for name, _, _, _, species in chunks:
-            slot_s = lane.slot_s(species, bucket.rows)
+            account, slot_s = self._accounts[name], lane.slot_s(species, bucket.rows)
             # No more than two bursts: what it had while nobody else was about is past.
-            most_s = 2 * self._terms_of(name)[1] * slot_s
-            left_s = min(self._left_s(name, now_s) + slot_s, most_s)
-            self._spent[name] = left_s, now_s
+            most_s = 2 * account.burst * slot_s
+            account.spent_s = min(account.left_s(now_s) + slot_s, most_s)
+            account.at_s = now_s
             if claims[name]:
                 self._recent[name] = now_s
         if not any(claims[chunk.tenant] for chunk in chunks):
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 
-    def _terms_of(self, name: str) -> tuple[float, float]:
-        if not self._terms:
-            whole, num = sum(self._weights.values()), len(self._weights)
-            for each, weight in self._weights.items():
-                share = weight / whole
-                self._terms[each] = share, max(_BURST * share * num, 1.0)
-        return self._terms[name]
-
-    def _left_s(self, name: str, now_s: float) -> float:
-        spent_s, at_s = self._spent.get(name, (0.0, now_s))
-        return max(spent_s - self._terms_of(name)[0] * max(now_s - at_s, 0.0), 0.0)
+    def _divide(self) -> None:
+        """Work out each tenant's share, and its burst."""
+        accounts, self._is_divided = self._accounts.values(), True
+        whole, num = sum([each.weight for each in accounts]), len(accounts)
+        for each in accounts:
+            each.share = each.weight / whole
+            each.burst = max(_BURST * each.share * num, 1.0)
 
 
 def _slot_of(tenant: Tenant) -> tuple[int, int]:

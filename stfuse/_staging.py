@@ -19,8 +19,8 @@ from stfuse._lane import Lane, specs
 from stfuse._stacked import LeafPlaces
 from stfuse._types import Bucket, Chunk
 
-_GIVES_AWAY = 500  # numbers: NumPy's own threshold
-_LARGE = 1 << 16  # numbers: a copy so long that other threads should go on meanwhile
+_LARGE = 1 << 18  # bytes: a copy so long that other threads should go on meanwhile
+Staged = tuple[Any, Any, list[Any]]  # slots, buffers, and the buffers' memory
 
 
 def stage(
@@ -28,7 +28,7 @@ def stage(
     bucket: Bucket,
     chunks: Sequence[Chunk],
     leaves_of: Mapping[int, Sequence[bytes]],
-) -> tuple[Any, Any, list[tuple[int, int]]]:
+) -> tuple[Staged, list[tuple[int, int]]]:
     """Copy requests into the host buffers of a step.
 
     Args:
@@ -38,12 +38,11 @@ def stage(
         leaves_of: per request the bytes of its input leaves ``[B, ...]``.
 
     Returns:
-        Slots, buffers, and per chunk its species and slot of the step. All that no
-        request fills is zero. Give all back with `release`.
+        Slots and buffers, to be given back with `release`, and per chunk its species
+        and slot of the step. All that no request fills is zero.
     """
     free = lane.buffers.setdefault(bucket, [])
-    slots, buffers = free.pop() if free else _allocate(lane, bucket)
-    views = [as_bytes(buffer) for buffer in buffers]
+    slots, buffers, views = staged = free.pop() if free else _allocate(lane, bucket)
     filled = [0] * len(lane.capacities)
     placed = []
     entries_of = _entries(lane, bucket)
@@ -72,21 +71,23 @@ def stage(
         if filled[s] < bucket.slots[s]:
             used = {k for of, k in placed if of == s}
             unused = [k for k in range(bucket.slots[s]) if k not in used]
-            for _, i, row, *_ in entries:
-                buffers[i][[row + k for k in unused]] = 0
+            for _, i, row, size, _ in entries:
+                zeros, view = bytes(size), views[i]
+                for k in unused:
+                    view[(row + k) * size : (row + k + 1) * size] = zeros
         if slots[s] is not None:
             slots[s][filled[s] :] = 0
-    return slots, buffers, placed
+    return staged, placed
 
 
-def release(lane: Lane, bucket: Bucket, slots: Any, buffers: Any) -> None:
+def release(lane: Lane, bucket: Bucket, staged: Staged) -> None:
     """Give staging buffers back once their step was read."""
-    lane.buffers[bucket].append((slots, buffers))
+    lane.buffers[bucket].append(staged)
 
 
 def sample(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
     """Return slots and inputs to time a step with: zeros can run faster than data."""
-    slots, buffers = _allocate(lane, bucket)
+    slots, buffers, _ = _allocate(lane, bucket)
     rng = np.random.default_rng(0)
     for leaf in jax.tree.leaves(buffers):
         if np.issubdtype(leaf.dtype, np.floating):
@@ -109,8 +110,17 @@ def as_bytes(x: Any) -> Any:
     return x.reshape(-1).view(np.uint8).data
 
 
+def memory_of(outputs: Sequence[Any]) -> list[tuple[Any, Any, int]]:
+    """Return each output array of a step, its memory, and the bytes of a row of it."""
+    found = []
+    for x in outputs:
+        view = as_bytes(x)
+        found.append((x, view, len(view) // math.prod(x.shape[:2]) if view else 0))
+    return found
+
+
 def cut_leaves(
-    outputs: Sequence[tuple[Any, Any]],
+    outputs: Sequence[tuple[Any, Any, int]],
     places: LeafPlaces,
     slot: int,
     start: int,
@@ -119,26 +129,24 @@ def cut_leaves(
     """Return one request's output leaves, copied so that they are the caller's own.
 
     Args:
-        outputs: a step's output arrays ``[rows, B, *padded]``, and their memory.
+        outputs: a step's output arrays ``[rows, B, *padded]``, by `memory_of`.
         places: where the leaves of its species' slot 0 stand.
         slot: its slot.
         start: its first row.
         rows: how many; None for an unbatched job, whose leaves have no row axis.
     """
-    of = start if rows is None else slice(start, start + rows)
     own = []
     for i, row, shape in places:
-        x, view = outputs[i]
-        y = x[row + slot, of]
-        is_whole = y.shape[rows is not None :] == shape
-        if view is not None and is_whole and _GIVES_AWAY < y.size < _LARGE:
-            at = ((row + slot) * x.shape[1] + start) * y.nbytes // (rows or 1)
-            mine = np.empty(y.shape, y.dtype)
-            as_bytes(mine)[:] = view[at : at + y.nbytes]
+        x, view, size = outputs[i]
+        num = size * (1 if rows is None else rows)
+        if 0 < num < _LARGE and x.shape[2:] == shape:
+            at = ((row + slot) * x.shape[1] + start) * size
+            mine = np.empty(shape if rows is None else (rows, *shape), x.dtype)
+            mine.reshape(-1).view(np.uint8).data[:] = view[at : at + num]
             own.append(mine)
             continue
-        if not is_whole:
-            y = x[(row + slot, of, *map(slice, shape))]
+        of = start if rows is None else slice(start, start + rows)
+        y = x[(row + slot, of, *map(slice, shape))]
         own.append(np.array(y) if isinstance(x, np.ndarray) else y)
     return own
 
@@ -166,8 +174,10 @@ def _entries(lane: Lane, bucket: Bucket) -> dict[int, list[_Entry]]:
     return found
 
 
-def _allocate(lane: Lane, bucket: Bucket) -> tuple[Any, Any]:
-    return jax.tree.map(lambda s: lane.allocate(s.shape, s.dtype), specs(lane, bucket))
+def _allocate(lane: Lane, bucket: Bucket) -> Staged:
+    of = specs(lane, bucket)
+    slots, buffers = jax.tree.map(lambda s: lane.allocate(s.shape, s.dtype), of)
+    return slots, buffers, [as_bytes(buffer) for buffer in buffers]
 
 
 def _fill_padded(

@@ -139,3 +139,20 @@ def test_a_cpu_has_no_need_of_it():
     device = JaxDevice(jax.devices("cpu")[0])
     assert device.name == "cpu:0"
     assert type(device.allocate((2,), np.float32)) is np.ndarray
+
+
+def test_what_was_read_outlives_the_step_it_is_of():
+    device = JaxDevice(jax.devices("cpu")[0], is_pinned=True)
+    spec = jax.ShapeDtypeStruct((64, 64), np.float32)
+    bank = jax.ShapeDtypeStruct((), np.float32)
+    step = device.compile(lambda p, slots, xs: [xs[0] * p], bank, [], [spec])
+    x = device.allocate(spec.shape, spec.dtype)
+    x[...] = 1
+
+    def run(p):
+        return device.read(device.launch(step, device.put(np.float32(p)), [], [x]))[0]
+
+    first, part = run(2), run(3)[7:9, 3:5]
+    for p in range(4, 20):
+        run(p)
+    assert (first == 2).all() and (part == 3).all()

@@ -49,10 +49,11 @@ def run(lane, bucket, requests):
     leaves_of = {i: [x.tobytes()] for i, x in enumerate(requests.values())}
     if bucket not in lane.steps:
         lane.steps[bucket] = _lane.compile_bucket(lane, bucket, DEVICE, cost=cost)
-    slots, buffers, placed = _staging.stage(lane, bucket, chunks, leaves_of)
+    staged, placed = _staging.stage(lane, bucket, chunks, leaves_of)
+    slots, buffers, _ = staged
     launched = DEVICE.launch(lane.steps[bucket], lane.bank.stacks, slots, buffers)
     outputs = DEVICE.read(launched)
-    _staging.release(lane, bucket, slots, buffers)
+    _staging.release(lane, bucket, staged)
     return {
         chunk.tenant: cut(
             outputs,
@@ -87,7 +88,7 @@ def test_failure_18_nothing_of_an_earlier_request_stays_in_a_buffer():
     canary = np.full((4, 4), 777.0, np.float32)
     run(lane, bucket, {"n0": canary, "n1": canary})
     run(lane, bucket, {"n1": np.ones((1, 4), np.float32)})
-    ((_, buffers),) = lane.buffers[bucket]
+    ((_, buffers, _),) = lane.buffers[bucket]
     for leaf in jax.tree.leaves(buffers):
         assert not (leaf == 777.0).any()
         assert leaf.sum() == 4
@@ -99,7 +100,7 @@ def test_several_requests_of_one_tenant_share_a_slot_in_order():
     ones, twos = np.full((2, 3), 1, "f"), np.full((1, 3), 2, "f")
     leaves_of = {7: [ones.tobytes()], 9: [twos.tobytes()]}
     chunk = Chunk("a", (7, 9), 3)
-    _, buffers, placed = _staging.stage(lane, bucket, [chunk], leaves_of)
+    (_, buffers, _), placed = _staging.stage(lane, bucket, [chunk], leaves_of)
     assert placed == [(0, 0)]
     assert buffers[0][0, :, 0].tolist() == [1, 1, 2, 0]
 
@@ -114,7 +115,8 @@ def test_a_tenant_has_several_slots_of_an_open_step():
     who = ["n7", "n2", "n2", "n0", "n7", "n2", "n2"]
     chunks = [Chunk(name, (i,), 1) for i, name in enumerate(who)]
     leaves_of = {i: [x.tobytes()] for i, x in enumerate(rows)}
-    slots, buffers, placed = _staging.stage(lane, bucket, chunks, leaves_of)
+    staged, placed = _staging.stage(lane, bucket, chunks, leaves_of)
+    slots, buffers, _ = staged
     assert placed == [(0, k) for k in range(7)]
     launched = DEVICE.launch(lane.steps[bucket], lane.bank.stacks, slots, buffers)
     outputs = DEVICE.read(launched)
@@ -247,7 +249,7 @@ def test_failure_18_a_buffer_of_unlike_species_is_zero_wherever_no_request_is(me
     run(merged, bucket, full)
     ones = {n: np.ones_like(x) for n, x in requests_for("n2", "w1").items()}
     run(merged, bucket, ones)
-    ((_, buffers),) = merged.buffers[bucket]
+    ((_, buffers, _),) = merged.buffers[bucket]
     (buffer,) = buffers
     assert buffer.shape == (6, 2, 7)
     expected = np.zeros_like(buffer)
