@@ -257,14 +257,23 @@ def kept_once(layout: Layout, bank: Bank) -> set[int]:
 
 def emptied(layout: Layout, bank: Bank) -> Bank:
     """Return a bank like another one, zeros but for the leaves that are kept once."""
-    arrays, kept = list(bank.stacks), kept_once(layout, bank)
-    order = [a for a in range(len(arrays)) if a not in kept]
+    arrays, order = list(bank.stacks), _own(layout, bank)
     zeros = _zeros_like([arrays[a] for a in order])
     # Committed to where the others are, or the next write would be compiled anew.
     zeros = jax.device_put(zeros, [arrays[a].sharding for a in order])
     for a, stack in zip(order, zeros, strict=True):
         arrays[a] = stack
     return Bank(tuple(arrays))
+
+
+def expect_emptied(layout: Layout, bank: Bank) -> None:
+    """Compile what `emptied` needs, so that it takes no time then."""
+    _zeros_like.lower([bank.stacks[a] for a in _own(layout, bank)]).compile()
+
+
+def _own(layout: Layout, bank: Bank) -> list[int]:
+    kept = kept_once(layout, bank)
+    return [a for a in range(len(bank.stacks)) if a not in kept]
 
 
 @jax.jit

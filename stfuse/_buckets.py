@@ -11,7 +11,6 @@ from typing import NamedTuple
 from stfuse._queues import Tenant
 from stfuse._types import Bucket, Chunk
 
-
 # Of a step's slots, those that others than it is for may have: free on the device, but
 # each costs the host what one that counts does.
 _ALONG = 1 / 8

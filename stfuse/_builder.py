@@ -328,13 +328,12 @@ class Builder:
     def _complete(self, lane: Lane) -> None:
         """Compile what a serving lane still lacks, then call its jobs ready."""
         server = self._server
-        for bucket in self._buckets(lane):
-            if bucket in lane.steps:
-                continue
+        for bucket in [b for b in self._buckets(lane) if b not in lane.steps]:
             with server.lock:
                 if self._is_closed or lane.name in self._pending:
                     return  # closing, or about to be brought up to date again
             self._add_bucket(lane, bucket)
+        self._siblings.prepare(lane)
         with server.lock:
             here = [t for t in server.tenants.values() if t.lane == lane.name]
             done = [t for t in here if t.is_placed and not (t.home or t.ready.done())]

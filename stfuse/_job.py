@@ -169,15 +169,17 @@ class Job:
                 f"the structure, shapes and dtypes that the job was built with.",
                 jobs=(self.name,),
             )
-        for path, leaf in _tree.leaves_with_paths(params):
+        leaves = jax.tree.leaves(params)
+        for i, leaf in enumerate(leaves):
             if _tree.is_spec(leaf):
+                path, _ = _tree.leaves_with_paths(params)[i]
                 raise JobError(
                     f"job '{self.name}': params leaf '{path}' is only a shape, "
                     f"{_tree.describe(leaf)}; pass `pack({{'{self.name}': params}})` "
                     f"with arrays.",
                     jobs=(self.name,),
                 )
-        return jax.tree.leaves(params)
+        return leaves
 
 
 def _set(job: Job, **derived: Any) -> None:

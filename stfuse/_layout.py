@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Buffer:
         return tuple(map(max, zip(*taking, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what is asked for with every write is kept
 class Layout:
     """Where the leaves of a plan stand.
 
@@ -87,10 +88,7 @@ class Layout:
 
     def array_of(self, i: int) -> tuple[int, int | None]:
         """Return which array holds stack ``i``, and its place if that is a shelf."""
-        for a, shelf in enumerate(self.shelves):
-            if i in shelf:
-                return a, shelf.index(i) if len(shelf) > 1 else None
-        raise IndexError(i)
+        return self._arrays[i]
 
     def rows_of(self, i: int) -> int:
         """Return how many rows stack ``i`` of the bank has."""
@@ -102,13 +100,24 @@ class Layout:
         Returns:
             Per leaf: the stack, the row of slot 0, the leaf's true shape.
         """
-        found = {}
+        return self._leaf_rows[bank]
+
+    @cached_property
+    def _arrays(self) -> dict[int, tuple[int, int | None]]:
+        return {
+            i: (a, k if len(shelf) > 1 else None)
+            for a, shelf in enumerate(self.shelves)
+            for k, i in enumerate(shelf)
+        }
+
+    @cached_property
+    def _leaf_rows(self) -> dict[int, dict[int, tuple[int, int, tuple[int, ...]]]]:
+        found: dict[int, Any] = {b: {} for b in range(len(self.capacities))}
         for i, buffer in enumerate(self.params):
             starts = buffer.starts(dict(enumerate(self.capacities)))
             for (b, leaf), shape in zip(buffer.members, buffer.shapes, strict=True):
-                if b == bank:
-                    found[leaf] = (i, starts[b], shape)
-        return dict(sorted(found.items()))
+                found[b][leaf] = (i, starts[b], shape)
+        return {b: dict(sorted(own.items())) for b, own in found.items()}
 
     def cut_places(
         self, counts: Counts, species: int, slot: int

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from stfuse import _lane
+from absl import logging
+
+from stfuse import _bank, _lane
 from stfuse._flight import Tenant
-from stfuse._lane import Lane, Member
+from stfuse._lane import Lane
+from stfuse._members import SHARED
 from stfuse._memory import Memory, own_bytes
 from stfuse._residency import as_install
 from stfuse._server import Server
@@ -44,6 +47,14 @@ class Siblings:
         self._request = request
         self._politely = politely
         self._num = 0
+
+    def prepare(self, lane: Lane) -> None:
+        """Compile what a lane like this one needs, if there may be one."""
+        if lane.name == SHARED and max(lane.capacities) >= self._max_slots:
+            try:
+                _bank.expect_emptied(lane.layout, lane.bank)
+            except Exception as error:  # a compiler's; that lane would say so
+                logging.info("stfuse: no lane like '%s' yet: %s", lane.name, error)
 
     def take(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
         """Give jobs a slot each of lanes like a full one, those that can be there.
@@ -82,18 +93,20 @@ class Siblings:
         self._num += 1
         with self._politely():
             new = _lane.sibling(lane, f"{start}{self._num}")
-            staged = _lane.staged(new, tenant.member)
-        is_open = server.command(lambda: self._open(new, tenant, staged)).result()
+            # Written before it serves: nobody waits for that.
+            if not _lane.join(new, _lane.staged(new, tenant.member)):
+                return None  # its shared leaves are others
+        is_open = server.command(lambda: self._open(new, tenant)).result()
         return new.name if is_open else None
 
-    def _open(self, lane: Lane, tenant: Tenant, staged: Member) -> bool:
+    def _open(self, lane: Lane, tenant: Tenant) -> bool:
         """Let a new lane serve its first job, on the device thread."""
-        server = self._server
-        is_newest = staged.generation == tenant.member.generation
-        if server.tenants.get(tenant.job.name) is not tenant:
+        server, name = self._server, tenant.job.name
+        if server.tenants.get(name) is not tenant:
             return False  # it left
-        if not _lane.join(lane, staged if is_newest else tenant.member):
-            return False  # its shared leaves are others
+        is_newest = lane.generations[name] == tenant.member.generation
+        if not (is_newest or _lane.write(lane, tenant.member)):
+            return False  # it was swapped meanwhile, to other shared leaves
         with server.lock:
             server.lanes[lane.name] = lane
             server.scheduler.handle(as_install(lane))

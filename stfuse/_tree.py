@@ -101,21 +101,30 @@ def first_difference(expected: Any, found: Any) -> str | None:
     Returns:
         None when structure, shapes and (JAX) dtypes agree.
     """
-    want, have = leaves_with_paths(expected), leaves_with_paths(found)
     if jax.tree.structure(expected) != jax.tree.structure(found):
-        want_paths, have_paths = {p for p, _ in want}, {p for p, _ in have}
-        for path in sorted(want_paths - have_paths):
+        want, have = ({p for p, _ in leaves_with_paths(x)} for x in (expected, found))
+        for path in sorted(want - have):
             return f"leaf '{path}' is missing"
-        for path in sorted(have_paths - want_paths):
+        for path in sorted(have - want):
             return f"leaf '{path}' is not expected"
         return (
             f"structure is {jax.tree.structure(found)}; "
             f"expected {jax.tree.structure(expected)}"
         )
-    for (path, x), (_, y) in zip(want, have, strict=True):
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
+    for i, (x, y) in enumerate(pairs):
+        if x is y:
+            continue
         if not is_arraylike(y):
-            return f"leaf '{path}' is a {describe(y)}; expected {describe(x)}"
+            return (
+                f"leaf '{_path(found, i)}' is a {describe(y)}; expected {describe(x)}"
+            )
         a, b = spec_of(x), spec_of(y)
         if (a.shape, a.dtype) != (b.shape, b.dtype):
+            path = _path(found, i)
             return f"leaf '{path}' is {describe(b)}; expected {describe(a)}"
     return None
+
+
+def _path(tree: Any, i: int) -> str:
+    return leaves_with_paths(tree)[i][0]
