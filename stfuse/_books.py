@@ -11,7 +11,7 @@ from stfuse._flight import Request, Tenant
 from stfuse._inputs import Checked
 from stfuse._metrics import Metrics
 from stfuse._scheduler import Scheduler
-from stfuse._types import Cancel
+from stfuse._types import Batch, Cancel
 
 Ended = tuple[Request, Any]  # a request that is off the books, and its outcome
 
@@ -70,19 +70,22 @@ class Books:
         tenant.outstanding += 1
         return future
 
-    def start(self, numbers: Iterable[int]) -> dict[int, Request]:
-        """Tell owners that their requests run; return those that were not cancelled."""
+    def start(self, batch: Batch) -> dict[int, Request]:
+        """Tell owners that their requests run; the lock is held.
+
+        Returns:
+            Those that were not cancelled, by number.
+        """
         found = {}
-        with self._lock:
-            for number in numbers:
-                request = self._requests.get(number)
-                if request is None:
-                    continue
-                if not request.is_started:  # a retried one was told already
-                    request.is_started = True
-                    if not request.future.set_running_or_notify_cancel():
-                        continue  # whoever cancelled it takes it off the books
-                found[number] = request
+        for number in [n for chunk in batch.chunks for n in chunk.requests]:
+            request = self._requests.get(number)
+            if request is None:
+                continue
+            if not request.is_started:  # a retried one was told already
+                request.is_started = True
+                if not request.future.set_running_or_notify_cancel():
+                    continue  # whoever cancelled it takes it off the books
+            found[number] = request
         return found
 
     def close(self, outcomes: Iterable[tuple[int, Any]]) -> list[Ended]:

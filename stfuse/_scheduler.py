@@ -16,7 +16,8 @@ Rules:
     A step takes the ready bucket that serves most rows per predicted second among those
     that serve the first tenant in order. So work is fused where the measured times say
     that it pays, and nowhere else. Where shares are strict, rows of tenants that are
-    beyond theirs fill its slots and do not count; alone they have short steps only.
+    beyond theirs do not count: they have some of the slots that are left free, and
+    alone short steps only.
     While a step leaves work waiting, throughput decides alone, and requests are dropped
     that a step as long as the last ones would answer after their deadline: they would
     only make the next ones late. Else a bucket that answers the first request in time

@@ -189,8 +189,11 @@ class Server:
 
     def _serve(self) -> None:
         while True:
+            requests: dict[int, Request] = {}
             with self.lock:
                 work = self._next()
+                if isinstance(work, Decision) and work.batch is not None:
+                    requests = self.books.start(work.batch)
             if work is None:
                 return
             if isinstance(work, Flight):
@@ -200,7 +203,7 @@ class Server:
                     late = [(n, DeadlineError(_LATE)) for n in work.expired]
                     self.books.finish(late, "expired")
                 if work.batch is not None:
-                    self._launch(work.batch)
+                    self._launch(work.batch, requests)
             else:
                 self._run(*work)
 
@@ -328,15 +331,13 @@ class Server:
         self.device.read(self.device.launch(step, lane.bank.stacks, slots, inputs))
         return max(self.clock() - start_s, 1e-6)
 
-    def _launch(self, batch: Batch) -> None:
-        """Stage and start a step."""
+    def _launch(self, batch: Batch, requests: dict[int, Request]) -> None:
+        """Stage and start a step of those requests that were not cancelled."""
         begun_s = self.clock()
-        numbers = [n for chunk in batch.chunks for n in chunk.requests]
-        requests = self.books.start(numbers)
-        if len(requests) < len(numbers):
+        if len(requests) < sum([len(chunk.requests) for chunk in batch.chunks]):
             batch = only(batch, requests, requests)
             if not requests:
-                return  # all of them were cancelled
+                return
         try:
             flight = self._start(batch, requests, begun_s)
         except Exception as error:  # whatever a device raises is an outcome per job

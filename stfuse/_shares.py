@@ -18,7 +18,7 @@ from stfuse._types import Bucket, Chunk
 _BURST = 8.0  # slots, where shares are equal: so many at once are nobody's flood
 _RECENT_S = 1.0  # others count as here so long after they were served
 _SHORT = 1.25  # times the shortest step: what a step may take that serves no other
-_REST = 8.0  # times as long as it took until the next one of those
+_REST = 16.0  # times as long as it took until the next one of those
 
 
 @dataclass(slots=True)
@@ -81,11 +81,11 @@ class Shares:
         found: dict[str, int] = {}
         for tenant in tenants:
             account = self._accounts[tenant.name]
-            most, left_s = account.burst, account.left_s(now_s)
+            most, left_s = account.burst, account.spent_s and account.left_s(now_s)
             if left_s:
-                most -= left_s / lane.slot_s(*_slot_of(tenant))
+                most = max(most - left_s / lane.slot_s(*_slot_of(tenant)), 0.0)
             # Rounded: what ran out exactly is not a last bit short of it.
-            found[tenant.name] = max(int(most + 1e-6), 0)
+            found[tenant.name] = int(most + 1e-6)
         return found
 
     def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:
@@ -137,15 +137,18 @@ class Shares:
         """
         if not self._is_divided:
             self._divide()
+        of, slot_s = -1, 0.0
         for name, _, _, _, species in chunks:
-            account, slot_s = self._accounts[name], lane.slot_s(species, bucket.rows)
+            if species != of:
+                of, slot_s = species, lane.slot_s(species, bucket.rows)
+            account = self._accounts[name]
             # No more than two bursts: what it had while nobody else was about is past.
             most_s = 2 * account.burst * slot_s
             account.spent_s = min(account.left_s(now_s) + slot_s, most_s)
             account.at_s = now_s
             if claims[name]:
                 self._recent[name] = now_s
-        if not any(claims[chunk.tenant] for chunk in chunks):
+        if not any([claims[chunk.tenant] for chunk in chunks]):
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 
     def _divide(self) -> None:

@@ -76,7 +76,7 @@ def test_those_beyond_have_short_steps_now_and_then_while_others_are_about():
     assert serve(shares, "a", 20, 0.2)
     assert shares.turn([waiting("a")], all_of, 0.3)[0] < 0.3
     assert serve(shares, "a", 9, 0.3)  # a step of one second, its own
-    assert shares.turn([waiting("a")], all_of, 0.9) == (0.3 + 8.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 0.9) == (0.3 + 16.0, 1.25)
     # Nobody else for a second.
     assert shares.turn([waiting("a")], all_of, 1.3) == (1.3, math.inf)
 
@@ -159,8 +159,8 @@ def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
     assert not serve(shares, "b", 1, 1000.0)
     assert serve(shares, "a", 20, 1000.0) and serve(shares, "a", 9, 1000.0)
-    assert shares.turn([waiting("a")], all_of, 5.0) == (13.0, 1.25)
-    assert shares.turn([waiting("a")], all_of, 5.9) == (13.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 5.0) == (21.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 5.9) == (21.0, 1.25)
     assert shares.turn([waiting("a")], all_of, 7.0) == (7.0, math.inf)
 
 
@@ -200,8 +200,8 @@ def test_who_is_beyond_its_share_is_served_though_no_step_is_short_enough():
     assert len(served(scheduler.decide(0.0))) == 2  # a step of its own
     decision = scheduler.decide(0.0)
     assert decision.batch is None
-    assert decision.wait_until_s == pytest.approx(0.8)  # it rests eight times as long
-    assert served(scheduler.decide(0.81)) == [("a", (3,)), ("a", (4,))]
+    assert decision.wait_until_s == pytest.approx(1.6)  # it rests 16 times as long
+    assert served(scheduler.decide(1.61)) == [("a", (3,)), ("a", (4,))]
 
 
 def test_those_beyond_their_shares_are_served_whatever_their_program():
