@@ -11,9 +11,9 @@ from typing import NamedTuple
 from stfuse._queues import Tenant
 from stfuse._types import Bucket, Chunk
 
-# Of a step's slots, those that others than it is for may have: free on the device, but
-# each costs the host what one that counts does.
-_ALONG = 1 / 8
+# Slots that a tenant may have beyond its claim where they are left free: the device has
+# them for nothing, but the host works for each as for one that counts.
+_BEYOND = 2
 
 
 class Times(NamedTuple):
@@ -106,20 +106,11 @@ class LaneBuckets:
 
 
 def fill(
-    lane: LaneBuckets,
-    bucket: Bucket,
-    chunks: Sequence[Sequence[Chunk]],
-    first: Sequence[Chunk] = (),
+    lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Sequence[Chunk]]
 ) -> list[Chunk]:
     """Return what a bucket would serve: a slot for each tenant, then seconds.
 
     Where a bank runs as a whole, a tenant has its own slot only.
-
-    Args:
-        lane: whose bucket.
-        bucket: which.
-        chunks: of each tenant, in order.
-        first: those that have their slots already.
     """
     left = list(bucket.slots)
     picked: list[Chunk] = []
@@ -133,8 +124,6 @@ def fill(
             held.add(who)
             left[s] -= 1
 
-    for chunk in first:
-        pick(chunk)
     for own in chunks:
         if own:
             pick(own[0])
@@ -163,7 +152,7 @@ def best(
         now_s: the time.
         is_one: whether a step has one request.
         any_time: whether it counts alike that the first is answered in time, or not.
-        claims: most slots of each tenant; None for as many as there are.
+        claims: how many slots of each tenant count; None for all.
         longest_s: what it may take, if any takes no longer.
     """
     first = mates[0]
@@ -184,7 +173,7 @@ def best(
                 of_mates = zip(mates, limits, strict=True)
                 cut = [_chunks(t, max_rows, limit, is_one) for t, limit in of_mates]
                 is_whole = all(map(_is_whole, cut, mates))
-                most = sum([_rows(own) for own in cut])
+                most = sum([_rows(own, claims) for own in cut])
                 has_several = max(map(len, cut)) > 1
         if bucket.is_open and not has_several:
             continue
@@ -201,37 +190,11 @@ def best(
         if (is_in_time, rate) <= best_score:
             break  # nor can any that follows
         chunks = fill(lane, bucket, own)
-        score = (is_in_time, _rows(chunks) / step_s)
+        score = (is_in_time, _rows(chunks, claims) / step_s)
         serves_first = chunks and chunks[0].tenant == first.name
         if serves_first and score > best_score:
             chosen, best_score = (bucket, chunks), score
     return chosen
-
-
-def take_along(
-    lane: LaneBuckets, bucket: Bucket, chunks: list[Chunk], mates: Sequence[Tenant]
-) -> list[Chunk]:
-    """Return a step with what else waits, in some of the slots that it leaves free.
-
-    Args:
-        lane: whose step.
-        bucket: which.
-        chunks: what it is for.
-        mates: who may be in it, in order.
-    """
-    num_slots = sum(bucket.slots)
-    most = min(num_slots - len(chunks), max(int(_ALONG * num_slots), 1))
-    if not most:
-        return chunks
-    taken = {request for chunk in chunks for request in chunk.requests}
-    others = []
-    for tenant in mates:
-        if tenant.queue[-1].request not in taken:
-            own = _chunks(tenant, bucket.rows, len(chunks) + most, False)
-            others.append([c for c in own if taken.isdisjoint(c.requests)])
-    if not others:
-        return chunks
-    return fill(lane, bucket, others, chunks)[: len(chunks) + most]
 
 
 def _limits(
@@ -242,7 +205,7 @@ def _limits(
     slots = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
     if claims is None:
         return [slots[t.species] for t in mates]
-    return [min(slots[t.species], claims[t.name]) for t in mates]
+    return [min(slots[t.species], claims[t.name] + _BEYOND) for t in mates]
 
 
 def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:
@@ -274,8 +237,19 @@ def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chu
     ]
 
 
-def _rows(chunks: Sequence[Chunk]) -> int:
-    return sum([chunk.rows for chunk in chunks])
+def _rows(chunks: Sequence[Chunk], claims: Mapping[str, int] | None) -> int:
+    """Return the rows of chunks, of so many of each tenant."""
+    if claims is None:
+        return sum([chunk.rows for chunk in chunks])
+    rows, left = 0, {}
+    for tenant, _, own, _, _ in chunks:
+        count = left.get(tenant)
+        if count is None:
+            count = claims[tenant]
+        left[tenant] = count - 1
+        if count > 0:
+            rows += own
+    return rows
 
 
 def _is_whole(own: Sequence[Chunk], tenant: Tenant) -> bool:

@@ -16,8 +16,8 @@ Rules:
     A step takes the ready bucket that serves most rows per predicted second among those
     that serve the first tenant in order. So work is fused where the measured times say
     that it pays, and nowhere else. Where shares are strict, rows of tenants that are
-    beyond theirs do not count: they have some of the slots that are left free, and
-    alone short steps only.
+    beyond theirs do not count: each has two of the slots that are left free at most,
+    and alone short steps only.
     While a step leaves work waiting, throughput decides alone, and requests are dropped
     that a step as long as the last ones would answer after their deadline: they would
     only make the next ones late. Else a bucket that answers the first request in time
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from stfuse._admission import Admission, Bounds
-from stfuse._buckets import LaneBuckets, Times, best, take_along
+from stfuse._buckets import LaneBuckets, Times, best
 from stfuse._queues import Queues, Tenant
 from stfuse._shares import Shares
 from stfuse._types import (
@@ -316,10 +316,9 @@ class Scheduler:
             start_s, longest_s = self._shares.turn(mates, lane, now_s)
             is_later = start_s > now_s
             return start_s, None if is_later else of(mates, longest_s=longest_s)
-        found = of([t for t in mates if claims[t.name]], claims=claims)
-        if found is None:
-            return now_s, of(mates)
-        return now_s, (found[0], take_along(lane, *found, mates))
+        # Those beyond come after the others, in what these leave free.
+        ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
+        return now_s, of(ordered, claims=claims) or of(mates)
 
     def _hold_until_s(
         self, mates: Sequence[Tenant], p99_s: float, now_s: float

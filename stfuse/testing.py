@@ -106,6 +106,7 @@ class FakeDevice:
     Attributes:
         num_compiles: steps compiled.
         num_launches: steps launched, failed ones included.
+        num_reads: steps waited for, the one that is being waited for included.
         compile_error: raised by every compile while it is set.
         launch_error: ``launch_error(inputs)`` returns an error to raise, or None.
         read_error: raised by every read while it is set.
@@ -130,7 +131,7 @@ class FakeDevice:
         self._open = threading.Event()
         self._open.set()
         self.num_compiles = 0
-        self.num_launches = 0
+        self.num_launches = self.num_reads = 0
         self.compile_error: Exception | None = None
         self.launch_error: Callable[[Any], Exception | None] | None = None
         self.read_error: Exception | None = None
@@ -222,6 +223,7 @@ class FakeDevice:
         Raises:
             Exception: ``read_error``, while it is set.
         """
+        self.num_reads += 1
         self._open.wait()
         real, step_s = outputs
         if self._clock is not None:

@@ -28,10 +28,11 @@ def wait_for(condition):
 
 def busy_with(engine, device, name):
     """Hold the device with a step in flight; return that step's future."""
-    before = device.num_launches
+    before = device.num_reads
     device.hold()
     future = engine.submit(name, ROW)
-    wait_for(lambda: device.num_launches > before)
+    # Launched is not enough: until it is waited for, another one could follow it.
+    wait_for(lambda: device.num_reads > before)
     return future
 
 

@@ -245,8 +245,10 @@ def test_a_step_that_follows_another_waits_for_company_while_it_would_not_run_an
 
             wait_for(is_there)
 
-        futures = [busy_with(engine, device, "a")]
-        before = device.num_launches
+        device.hold()
+        before = device.num_launches + 1
+        futures = [engine.submit("a", ROW)]
+        wait_for(lambda: device.num_launches == before)
         device.on_launch = come
         futures += [engine.submit(name, ROW) for name in "ab"]
         wake_until(before + 1)

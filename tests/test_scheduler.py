@@ -253,8 +253,24 @@ def test_who_is_beyond_a_strict_share_fills_slots_but_chooses_no_bucket(is_stric
     scheduler.handle(Ready("all", Bucket((2,), 1), 9.0))  # so two are best in four
     first, second, *rest = served(scheduler.decide(0.0))
     assert {first, second} == {("b", (21,)), ("c", (22,))}
-    # Of what is left free, a part: one slot of four, where shares are strict.
-    assert [who for who, _ in rest] == ["a"] * (1 if is_strict else 2)
+    assert [who for who, _ in rest] == ["a", "a"]  # what is left free
+
+
+def test_who_is_beyond_a_strict_share_has_two_slots_of_those_left_free():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name in "abcdef":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (16,), dict.fromkeys("abcdef", (0,))))
+    for slots, step_s in ((1, 1.0), (8, 1.2)):
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_s))
+    for request in range(40):
+        submit(scheduler, request, "a")
+    for _ in range(2):
+        assert len(served(scheduler.decide(0.0))) == 8
+    for request, name in enumerate("bcd", 40):
+        submit(scheduler, request, name)
+    found = [who for who, _ in served(scheduler.decide(0.0))]
+    assert sorted(found) == ["a", "a", "b", "c", "d"]
 
 
 def test_a_backlog_is_as_many_tenants_as_the_last_step_had_slots_in_use():
