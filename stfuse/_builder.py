@@ -33,11 +33,10 @@ from stfuse._memory import DoesNotFit, Memory, bank_bytes
 from stfuse._regroup import Regroup, fewer_slots, program
 from stfuse._residency import as_install
 from stfuse._server import Server
-from stfuse._siblings import Siblings
+from stfuse._siblings import Siblings, is_busy
 from stfuse._turns import QUICK_S, TURNS, giving_way
 from stfuse._types import Bucket, Policy
 
-_MOMENT_S = 0.1  # steps that end after each other are less apart
 _NUM_TIMINGS = 3
 
 
@@ -68,7 +67,7 @@ class Builder:
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
-        of = self._memory, max_slots, self.request, self._politely
+        of = self._memory, max_slots, self.request
         self._siblings = Siblings(server, *of)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
@@ -179,8 +178,7 @@ class Builder:
             if lane is None or any(t.swaps for t in tenants):
                 return None
             if _lane.has_room(lane, tenant.member):
-                with self._politely():
-                    staged = _lane.staged(lane, tenant.member)
+                staged = _lane.staged(lane, tenant.member)
                 join = partial(server.members.join, lane, tenant, staged)
                 server.command(join).result()
             lane = server.lanes.get(name)
@@ -361,10 +359,9 @@ class Builder:
         return buckets(lane.capacities, self._max_slots, self._rows)
 
     def _politely(self) -> AbstractContextManager[None]:
-        """Give way while anybody waits, if a step was answered a moment ago."""
-        server = self._server
-        is_served = server.is_clock_real and server.clock() - server.read_s < _MOMENT_S
-        return giving_way(is_served, lambda: server.scheduler.num_queued > 0)
+        """Give way while anybody waits, if anybody is served."""
+        scheduler = self._server.scheduler
+        return giving_way(is_busy(self._server), lambda: scheduler.num_queued > 0)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
         device, cost = self._server.device, _cost.resolve("auto")

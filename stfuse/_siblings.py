@@ -7,8 +7,9 @@ kernels on the device that they are served by.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from typing import Any
 
 from absl import logging
 
@@ -20,6 +21,14 @@ from stfuse._memory import Memory, own_bytes
 from stfuse._residency import as_install
 from stfuse._server import Server
 
+_MOMENT_S = 0.1  # steps that end after each other are less apart
+_REST_S = 5e-3  # between the parts of a join, each about a millisecond
+
+
+def is_busy(server: Server) -> bool:
+    """Return whether a step was answered a moment ago."""
+    return server.is_clock_real and server.clock() - server.read_s < _MOMENT_S
+
 
 class Siblings:
     """The lanes that are like the shared one.
@@ -29,7 +38,6 @@ class Siblings:
         memory: of its device.
         max_slots: most slots of a step.
         request: has a lane brought up to date.
-        politely: a context in which this thread gives way to whoever is served.
     """
 
     def __init__(
@@ -38,19 +46,22 @@ class Siblings:
         memory: Memory,
         max_slots: int,
         request: Callable[[str], None],
-        politely: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Start with none."""
         self._server = server
         self._memory = memory
         self._max_slots = max_slots
         self._request = request
-        self._politely = politely
         self._num = 0
+        self._prepared: list[Any] = []
 
     def prepare(self, lane: Lane) -> None:
         """Compile what a lane like this one needs, if there may be one."""
-        if lane.name == SHARED and max(lane.capacities) >= self._max_slots:
+        if lane.name != SHARED or max(lane.capacities) < self._max_slots:
+            return
+        shapes = [(x.shape, x.dtype) for x in lane.bank.stacks]
+        if shapes != self._prepared:  # to ask the compiler again takes a while too
+            self._prepared = shapes
             try:
                 _bank.expect_emptied(lane.layout, lane.bank)
             except Exception as error:  # a compiler's; that lane would say so
@@ -82,8 +93,7 @@ class Siblings:
         start = f"{lane.name}##"  # no job's name has that
         for other in [*server.lanes.values()]:
             if other.name.startswith(start) and _lane.has_room(other, tenant.member):
-                with self._politely():
-                    staged = _lane.staged(other, tenant.member)
+                staged = _lane.staged(other, tenant.member)
                 join = server.members.join
                 server.command(lambda: join(other, tenant, staged)).result()  # noqa: B023
                 if tenant.is_placed and tenant.lane == other.name:
@@ -91,13 +101,24 @@ class Siblings:
         if not self._memory.fits(own_bytes(lane)):
             return None
         self._num += 1
-        with self._politely():
-            new = _lane.sibling(lane, f"{start}{self._num}")
-            # Written before it serves: nobody waits for that.
-            if not _lane.join(new, _lane.staged(new, tenant.member)):
-                return None  # its shared leaves are others
+        new = _lane.sibling(lane, f"{start}{self._num}")
+        self._rest()
+        staged = _lane.staged(new, tenant.member)
+        self._rest()
+        # Written before it serves: nobody waits for that.
+        if not _lane.join(new, staged):
+            return None  # its shared leaves are others
+        self._rest()
         is_open = server.command(lambda: self._open(new, tenant)).result()
         return new.name if is_open else None
+
+    def _rest(self) -> None:
+        """Let whoever is served catch up with what this thread did.
+
+        To give way within each part, by looks at the clock, costs more than they do.
+        """
+        if is_busy(self._server):
+            time.sleep(_REST_S)
 
     def _open(self, lane: Lane, tenant: Tenant) -> bool:
         """Let a new lane serve its first job, on the device thread."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import stfuse
-from stfuse import _lane
+from stfuse import _bank, _lane
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import ROW, assert_idle, serve
 from tests.test_lengths import assert_alone, encoder, request, sample
@@ -252,3 +252,28 @@ def test_many_that_come_at_once_are_all_served(num):
             ready.result(60)
         assert_all_answer(engine, range(num))
         assert_idle(engine)
+
+
+def test_what_an_empty_lane_needs_is_compiled_once_before_it_is_asked_for(monkeypatch):
+    asked, expect = [], _bank.expect_emptied
+    monkeypatch.setattr(
+        _bank, "expect_emptied", lambda *of: (asked.append(1), expect(*of))
+    )
+    with serve(job(0), device=FakeDevice(), max_batch_size=1, max_slots=2) as engine:
+        assert not asked  # the lane has one slot: it can still grow
+        engine.add(job(1)).result(60)
+        assert len(asked) == 1
+        for i in range(2, 5):
+            engine.add(job(i)).result(60)
+            assert_all_answer(engine, range(i + 1))
+    assert len(asked) == 1
+
+
+def test_an_empty_lane_that_cannot_be_prepared_costs_nobody_its_place(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(_bank, "expect_emptied", fail)
+    with full(FakeDevice()) as engine:
+        engine.add(job(2)).result(60)
+        assert_all_answer(engine, range(3))
