@@ -63,7 +63,7 @@ class Engine:
         max_total_rows: most rows that all jobs together may have waiting; or None.
         max_total_bytes: most bytes of inputs that all jobs together may have waiting.
         strict_shares: whether a job that is beyond its share, its weight over that of
-            all jobs, gets only few slots that the others' steps leave free, and short
+            all jobs, gets only two slots that the others' steps leave free, and short
             steps now and then: a flood makes nobody's steps longer, and waits.
         max_device_bytes: most device memory to use; None for all there is. Tenants
             beyond it live on the host while they have no requests.
