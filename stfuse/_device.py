@@ -18,6 +18,7 @@ from absl import logging
 from stfuse._stacked import to_host
 
 _PINNED = "pinned_host"
+_GPUS = ("gpu", "cuda", "rocm")  # one of these, by the version of JAX
 _PACKED = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
@@ -92,8 +93,8 @@ class JaxDevice:
 
     Args:
         device: a ``jax.Device``; None for the default one.
-        is_pinned: whether steps read and write pinned memory; None if it is an
-            accelerator that has some.
+        is_pinned: whether steps read and write pinned memory; None if it is a GPU
+            that has some: others may lay arrays out in tiles there.
     """
 
     def __init__(self, device: Any = None, *, is_pinned: bool | None = None) -> None:
@@ -101,7 +102,8 @@ class JaxDevice:
         self._device = jax.devices()[0] if device is None else device
         self._sharding = jax.sharding.SingleDeviceSharding(self._device)
         if is_pinned is None:
-            is_pinned = self.is_accelerator and self._has_pinned
+            is_gpu = self._device.platform in _GPUS
+            is_pinned = is_gpu and self._has_pinned
         self._is_pinned = is_pinned
 
     @property
