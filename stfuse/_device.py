@@ -18,7 +18,6 @@ from absl import logging
 from stfuse._stacked import to_host
 
 _PINNED = "pinned_host"
-_GPUS = ("gpu", "cuda", "rocm")  # one of these, by the version of JAX
 _PACKED = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
@@ -102,8 +101,7 @@ class JaxDevice:
         self._device = jax.devices()[0] if device is None else device
         self._sharding = jax.sharding.SingleDeviceSharding(self._device)
         if is_pinned is None:
-            is_gpu = self._device.platform in _GPUS
-            is_pinned = is_gpu and self._has_pinned
+            is_pinned = self._device.platform == "gpu" and self._has_pinned
         self._is_pinned = is_pinned
 
     @property
