@@ -101,7 +101,7 @@ class JaxDevice:
         self._device = jax.devices()[0] if device is None else device
         self._sharding = jax.sharding.SingleDeviceSharding(self._device)
         if is_pinned is None:
-            is_pinned = self._device.platform == "gpu" and self._has_pinned
+            is_pinned = self._is_gpu and self._has_pinned
         self._is_pinned = is_pinned
 
     @property
@@ -124,6 +124,10 @@ class JaxDevice:
     def memory_used_bytes(self) -> int | None:
         """How much of it is in use, whoever uses it; None where it does not say."""
         return (self._device.memory_stats() or {}).get("bytes_in_use")
+
+    @property
+    def _is_gpu(self) -> bool:
+        return self._device.platform == "gpu"
 
     @property
     def _has_pinned(self) -> bool:
