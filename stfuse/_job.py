@@ -172,7 +172,7 @@ class Job:
         leaves = jax.tree.leaves(params)
         for i, leaf in enumerate(leaves):
             if _tree.is_spec(leaf):
-                path, _ = _tree.leaves_with_paths(params)[i]
+                path = _tree.path_of(params, i)
                 raise JobError(
                     f"job '{self.name}': params leaf '{path}' is only a shape, "
                     f"{_tree.describe(leaf)}; pass `pack({{'{self.name}': params}})` "

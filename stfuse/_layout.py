@@ -98,7 +98,8 @@ class Layout:
         """Return where the parameters of a bank stand.
 
         Returns:
-            Per leaf: the stack, the row of slot 0, the leaf's true shape.
+            Per leaf: the stack, the row of slot 0, the leaf's true shape. Everybody
+            gets the same dict: it is not to be changed.
         """
         return self._leaf_rows[bank]
 

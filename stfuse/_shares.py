@@ -137,11 +137,8 @@ class Shares:
         """
         if not self._is_divided:
             self._divide()
-        of, slot_s = -1, 0.0
         for name, _, _, _, species in chunks:
-            if species != of:
-                of, slot_s = species, lane.slot_s(species, bucket.rows)
-            account = self._accounts[name]
+            account, slot_s = self._accounts[name], lane.slot_s(species, bucket.rows)
             # No more than two bursts: what it had while nobody else was about is past.
             most_s = 2 * account.burst * slot_s
             account.spent_s = min(account.left_s(now_s) + slot_s, most_s)

@@ -23,6 +23,11 @@ def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     return [(path_str(path), leaf) for path, leaf in flat]
 
 
+def path_of(tree: Any, i: int) -> str:
+    """Return the path of a tree's leaf number ``i``, for an error: it takes a while."""
+    return leaves_with_paths(tree)[i][0]
+
+
 def is_spec(leaf: Any) -> bool:
     """Return whether a leaf is a shape without values."""
     return isinstance(leaf, jax.ShapeDtypeStruct)
@@ -116,15 +121,10 @@ def first_difference(expected: Any, found: Any) -> str | None:
         if x is y:
             continue
         if not is_arraylike(y):
-            return (
-                f"leaf '{_path(found, i)}' is a {describe(y)}; expected {describe(x)}"
-            )
+            path = path_of(found, i)
+            return f"leaf '{path}' is a {describe(y)}; expected {describe(x)}"
         a, b = spec_of(x), spec_of(y)
         if (a.shape, a.dtype) != (b.shape, b.dtype):
-            path = _path(found, i)
+            path = path_of(found, i)
             return f"leaf '{path}' is {describe(b)}; expected {describe(a)}"
     return None
-
-
-def _path(tree: Any, i: int) -> str:
-    return leaves_with_paths(tree)[i][0]
