@@ -155,7 +155,7 @@ def _run_loop(
         (turns, xs),
         length=loop.length,
         reverse=ops[0].params["reverse"],
-        unroll=min(op.params["unroll"] for op in ops),
+        unroll=_lower.unroll_of(ops, how.cost, how.lowering),
     )
     loop.keep(carries, ys)
 

@@ -286,3 +286,69 @@ def test_unrolling_serves_ops_of_several_outputs():
         for way in ("native", "unrolled")
     )
     cases.assert_bitwise(jax.tree.map(jnp.asarray, unrolled), native)
+
+
+def scanned(params, x, *, reverse=False, unroll=1):
+    def step(h, v):
+        h = jnp.tanh(h @ params["w"] + v)
+        return h, (h.sum(), v)
+
+    zero = jnp.zeros(x.shape[-1], x.dtype)
+    return lax.scan(step, zero, x, reverse=reverse, unroll=unroll)
+
+
+@pytest.mark.parametrize(("length", "options"), [
+    (1, {}), (3, {}), (8, {}), (19, {}), (19, {"reverse": True}), (19, {"unroll": 16}),
+])  # fmt: skip
+@pytest.mark.parametrize("num_jobs", [1, 3])
+def test_a_scan_of_several_steps_a_turn_answers_as_one_of_one(
+    length, options, num_jobs
+):
+    def apply_fn(params, x):
+        return jax.vmap(lambda one: scanned(params, one, **options))(x)
+
+    rng = np.random.default_rng(length)
+    inputs, jobs = {}, []
+    for i in range(num_jobs):
+        x = rng.standard_normal((2, length, 4)).astype(np.float32)
+        params = {"w": rng.standard_normal((4, 4)).astype(np.float32)}
+        jobs.append(stfuse.Job(f"job-{i}", apply_fn, params, x))
+        inputs[f"job-{i}"] = x
+    fused = stfuse.fuse(jobs, cost="h200")
+    (launch,) = (one for one in fused.plan.launches if one.primitive == "scan")
+    is_longer = 1 < length and "unroll" not in options
+    assert launch.lowering == ("turns" if is_longer else "native")
+    answers = fused(fused.pack(), inputs)
+    for job in jobs:
+        own = jax.jit(apply_fn)(job.params, inputs[job.name])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            answers[job.name],
+            own,
+        )
+
+
+def test_a_scan_whose_steps_are_long_or_have_loops_keeps_its_turns():
+    def long(w, x):
+        def step(h, _):
+            for _ in range(9):
+                h = jnp.tanh(h @ w)
+            return h, None
+
+        return lax.scan(step, x, length=20)[0]
+
+    def nested(w, x):
+        return lax.scan(lambda h, _: (h + scanned({"w": w}, h)[0], None), x, length=20)
+
+    w, x = np.ones((4, 4), np.float32), np.ones((5, 4), np.float32)
+    cost = RECORDS["h200"]
+    for apply_fn in (long, nested):
+        op = op_of(apply_fn, w, x)
+        flags = [True] * len(op.in_specs)
+        options = {"num_slots": 2, "rows": 1, "cost": cost, "mode": "auto"}
+        assert _lower.choose(op, flags, **options) == "native"
+        assert _lower.unroll_of([op, op], cost, "auto") == 1
+    op = op_of(lambda w, x: scanned({"w": w}, x), w, x)
+    assert _lower.unroll_of([op, op], cost, "auto") == 5  # all there are
+    assert _lower.unroll_of([op, op], cost, "native") == 1
+    assert _lower.unroll_of([op, op], RECORDS["cpu"], "auto") == 1

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from stfuse import _rules
-from stfuse._lower import _conv, _conv_kernel, _dot, _indexed, _measure
+from stfuse._lower import _conv, _conv_kernel, _dot, _indexed, _measure, _scan
 from stfuse._plan import Plan
 from stfuse._program import Op
 from stfuse._types import Cost
@@ -62,6 +62,12 @@ _CANDIDATES: dict[str, dict[str, Candidate]] = {
         "padded": Candidate(_dot.is_ragged, _dot.padded),
         "multiply_reduce": Candidate(_dot.has_few_rows, _dot.multiply_reduce),
     },
+    "scan": {
+        "turns": Candidate(
+            lambda op, rows: _scan.steps_per_turn([op]) > op.params["unroll"],
+            _scan.in_turns,
+        ),
+    },
 }
 
 
@@ -69,12 +75,14 @@ def candidates(
     op: Op, is_stacked: Sequence[bool], rows: int, num_slots: int
 ) -> tuple[str, ...]:
     """Return the names of all ways to compute a stacked op."""
-    family = _CANDIDATES.get(op.name)
-    if family is None or num_slots == 1:
+    family = _CANDIDATES.get(op.name, {})
+    found = [name for name, one in family.items() if one.fits(op, rows)]
+    if op.name == "scan":
+        return ("native", *found)
+    if not family or num_slots == 1:
         return ("native",)
     if not is_stacked[1]:  # a shared kernel or matrix: slots are more rows of one op
         return ("native",)
-    found = [name for name, one in family.items() if one.fits(op, rows)]
     return ("native", "unrolled", *found)
 
 
@@ -102,6 +110,8 @@ def choose(
     if mode == "native" or names == ("native",):
         return "native"
     guess = _guess(op, names, rows, cost)
+    if op.name == "scan":  # compiled for longer than it would be measured
+        return guess
     if mode != "heuristic" and _measure.is_worth(op, num_slots * rows, cost):
         ways = {
             name: functools.partial(apply, name, op, is_stacked=is_stacked)
@@ -116,8 +126,10 @@ def choose(
 def _guess(op: Op, names: Sequence[str], rows: int, cost: Cost) -> str:
     """Return what past measurements say."""
     is_cpu = cost.source == "cpu"
-    if op.name == "dot_general":
+    if op.name == "dot_general" or (op.name == "scan" and is_cpu):
         return "native"
+    if "turns" in names:
+        return "turns"
     if "scaled" in names:
         return "scaled"
     if "kernel" in names and not is_cpu:
@@ -168,6 +180,13 @@ def _unrolled(
         for k in range(num_slots)
     ]
     return tuple(jnp.stack(column) for column in zip(*outs, strict=True))
+
+
+def unroll_of(ops: Sequence[Op], cost: Cost, mode: str) -> int:
+    """Return how many steps a turn of several scans takes that run as one loop."""
+    if mode == "native" or cost.source == "cpu":
+        return min(op.params["unroll"] for op in ops)
+    return _scan.steps_per_turn(ops)
 
 
 def can_index(op: Op, num_slots: int) -> bool:
