@@ -35,7 +35,7 @@ from absl import app, flags, logging
 
 import stfuse
 from examples import fleet as fleets
-from examples import goals, load, loadgen, streams, workloads
+from examples import goals, load, loadgen, records, streams, workloads
 from examples.fleet import Fleet
 
 POLICIES = ("exclusive", "time", "space-time")
@@ -68,6 +68,9 @@ _MAX_BATCH_SIZE = flags.DEFINE_integer("max_batch_size", 4, "Of the engines.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _SWITCH_MS = flags.DEFINE_float(
     "switch_ms", None, "The engines' switch_interval_s, in ms; their own if not given."
+)
+_MAX_QUEUE_DELAY_MS = flags.DEFINE_float(
+    "max_queue_delay_ms", 0.0, "The engines' max_queue_delay_s, in ms."
 )
 _STRICT_SHARES = flags.DEFINE_bool("strict_shares", False, "Of the engines.")
 _SEARCH_STEPS = flags.DEFINE_integer("search_steps", 7, "LoadGen runs per policy.")
@@ -106,6 +109,7 @@ def serve(fleet: Fleet, policy: str, max_batch_size: int) -> Iterator[stfuse.Eng
         "max_batch_size": max_batch_size,
         "batch_sizes": sizes,
         "strict_shares": _STRICT_SHARES.value,
+        "max_queue_delay_s": _MAX_QUEUE_DELAY_MS.value / 1e3,
         "switch_interval_s": _SWITCH_MS.value and _SWITCH_MS.value / 1e3,
     }
     max_slots = max(64, len(fleet.jobs))
@@ -372,21 +376,12 @@ def main(_: list[str]) -> None:
     for policy in dict.fromkeys(_POLICIES.value):
         policies[policy] = measure_policy(policy, fleet, newcomer, answers)
         if _SAVE.value:  # what was measured stays if what follows fails
-            pathlib.Path(_SAVE.value).write_text(json.dumps(finite(results)))
+            pathlib.Path(_SAVE.value).write_text(json.dumps(records.finite(results)))
     if _PLOT.value:
         plot(_PLOT.value, title, policies)
     print(f"\n{answers.num:,} answers, largest difference {answers.worst:.1e}")
     if not answers.worst <= workloads.TOLERANCE[dtype]:
         raise SystemExit("an answer is not its model's own")
-
-
-def finite(found: Any) -> Any:
-    """Return results with None for what is not finite: JSON has no word for it."""
-    if isinstance(found, dict):
-        return {key: finite(value) for key, value in found.items()}
-    if isinstance(found, list):
-        return [finite(value) for value in found]
-    return None if isinstance(found, float) and not np.isfinite(found) else found
 
 
 def own_flags() -> dict[str, Any]:

@@ -8,6 +8,7 @@ JAX, it measures again.
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -49,6 +50,15 @@ def about() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},
     }
+
+
+def finite(found: Any) -> Any:
+    """Return results with None for what is not finite: JSON has no word for it."""
+    if isinstance(found, dict):
+        return {key: finite(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 class Records:

@@ -55,8 +55,8 @@ class Engine:
         batch_sizes: rows of a slot that steps are compiled for, beside
             ``max_batch_size``; None for 1, 2, 4, ... The fewer, the sooner ready.
         max_slots: most slots of one step.
-        max_queue_delay_s: how long a request may wait for company while the device is
-            free, seconds.
+        max_queue_delay_s: how long a request may wait for company, seconds, if its
+            step would leave nobody waiting: fewer, fuller steps, and less for the host.
         max_queue_size: most requests that one job may have waiting.
         max_queue_rows: most rows that one job may have waiting; None: no such bound.
         max_queue_bytes: most bytes of inputs that one job may have waiting; or None.

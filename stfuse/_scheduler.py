@@ -32,6 +32,7 @@ from functools import partial
 
 from stfuse._admission import Admission, Bounds
 from stfuse._buckets import LaneBuckets, Times, best
+from stfuse._company import Company
 from stfuse._queues import Queues, Tenant
 from stfuse._shares import Shares
 from stfuse._types import (
@@ -61,8 +62,8 @@ class Scheduler:
         policy: who shares a step.
         max_batch_size: most rows of one slot, hence of one request.
         max_queue_size: most requests that one tenant may have waiting.
-        max_queue_delay_s: how long a request may wait for company while the device is
-            idle and its deadline allows.
+        max_queue_delay_s: how long a request may wait for company while its deadline
+            allows and its step would leave nobody waiting.
         bounds: all that may wait; None for ``max_queue_size`` alone.
         strict_shares: whether tenants that are beyond their share have no say in which
             bucket runs.
@@ -81,9 +82,9 @@ class Scheduler:
         """Start with no tenants."""
         self._policy = policy
         self._max_batch_size = max_batch_size
-        self._max_queue_delay_s = max_queue_delay_s
+        self._company = Company(max_queue_delay_s)
         self._shares = Shares() if strict_shares else None
-        self.held: set[str] = set()  # tenants that may not start yet, come what may
+        self._held: set[str] = set()  # tenants that may not start yet, come what may
         self._claims: dict[str, int] = {}  # to slots, of those looked at last
         self._admission = Admission(policy, bounds or Bounds(max_queue_size))
         self._queues = Queues(policy, self._emptied)
@@ -141,7 +142,7 @@ class Scheduler:
             case Install():
                 self._install(event)
             case Drain():
-                self._max_queue_delay_s, self._shares = 0.0, None
+                self._company.delay_s, self._shares = 0.0, None
             case Join():
                 self._tenants[event.tenant] = Tenant(event.tenant, event.weight)
                 if self._shares:
@@ -155,15 +156,22 @@ class Scheduler:
         tenant = self._admission.check(event, known, self._queues)
         self._queues.add(tenant, event)
 
+    def is_news(self, tenant: str, deadline_s: float | None) -> bool:
+        """Return whether a request that came may end what was decided last: to wait."""
+        if tenant in self._held:
+            return deadline_s is not None
+        return self._company.is_there(len(self._queues), deadline_s)
+
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
         expired = self._queues.expired(now_s)
         self._is_contended = self._is_contended and len(self._queues) > 0
+        self._company.forget()
         seen: list[Tenant] = []
         order = self._order(seen, now_s, expired)
         decision = None
         held: dict[str | None, float] = {}  # lanes where nobody may start yet
-        self.held = set()
+        self._held = set()
         i = 0
         while decision is None and (first := _at(seen, i, order)):
             i += 1
@@ -181,7 +189,7 @@ class Scheduler:
                 start_s, found = self._best(lane, mates, now_s)
                 if start_s > now_s:
                     held[first.lane] = start_s
-                    self.held.update([tenant.name for tenant in mates])
+                    self._held.update([tenant.name for tenant in mates])
                     continue
             if found is None:
                 self._queues.park(first)
@@ -247,10 +255,12 @@ class Scheduler:
         assert lane is not None
         bucket, chunks = found
         times = lane.ready[bucket]
-        num_taken = sum(len(chunk.requests) for chunk in chunks)
-        if self._max_queue_delay_s and num_taken == len(self._queues):
-            hold_s = self._hold_until_s(mates, times.p99_s, now_s)
+        if self._company.delay_s:
+            claims, num = self._claims if self._shares else None, len(self._queues)
+            p99_s = times.p99_s
+            hold_s = self._company.wait(mates, chunks, claims, num, p99_s, now_s)
             if now_s < hold_s:
+                self._company.expect(num + lane.slots - len(chunks), hold_s + p99_s)
                 return Decision(None, tuple(expired), hold_s)
         self._take(lane, bucket, chunks, now_s)
         batch = Batch(first.lane or "", bucket, tuple(chunks), times.step_s)
@@ -319,18 +329,6 @@ class Scheduler:
         # Those beyond come after the others, in what these leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
         return now_s, of(ordered, claims=claims) or of(mates)
-
-    def _hold_until_s(
-        self, mates: Sequence[Tenant], p99_s: float, now_s: float
-    ) -> float:
-        """Return until when a batch may wait for company."""
-        entries = [entry for tenant in mates for entry in tenant.queue]
-        if any(entry.arrival_s > now_s for entry in entries):
-            return now_s  # the clock went back: how long they waited is not known
-        return min(
-            min(entry.arrival_s + self._max_queue_delay_s, entry.deadline_s - p99_s)
-            for entry in entries
-        )
 
     def _take(
         self, lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Chunk], now_s: float

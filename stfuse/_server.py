@@ -172,7 +172,7 @@ class Server:
             tenant.last_request = number
             if tenant.is_on_host:
                 self.members.residency.want(tenant)
-            if self._is_idle and (until_s or name not in self.scheduler.held):
+            if self._is_idle and self.scheduler.is_news(name, until_s):
                 self._is_idle = False
                 self._work.notify()
         return future

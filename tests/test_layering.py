@@ -13,15 +13,15 @@ ORDER = (
     "_errors _types _turns _options _tree _lengths _job _inputs _fingerprint _program "
     "_trace _hoist _cost _rules _plan _draft _merge _align _lower _regions _values "
     "_together _evaluate _layout _bank _part _step _stacked _cache _tuned _fuse "
-    "_metrics metrics _queues _admission _buckets _shares _scheduler _arrivals "
-    "_simulate _stragglers _device _lane _staging _memory _answers _flight _books "
-    "_health _canary _faults _residency _members _server _regroup _siblings "
+    "_metrics metrics _queues _admission _buckets _shares _company _scheduler "
+    "_arrivals _simulate _stragglers _device _lane _staging _memory _answers _flight "
+    "_books _health _canary _faults _residency _members _server _regroup _siblings "
     "_builder _swap _supervise _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
 FOLDERS = {
     "_rules": "_base _moves _contract _elementwise _index _reduce _shape __init__",
-    "_lower": "_store _measure _tiles _conv _conv_kernel _dot _indexed __init__",
+    "_lower": "_store _measure _tiles _conv _conv_kernel _dot _indexed _scan __init__",
     "_regions": "_axes _record _build _grow _arithmetic _block _kernel __init__",
 }
 ROOMS = [(room, stem) for room, stems in FOLDERS.items() for stem in stems.split()]
@@ -32,7 +32,7 @@ SOURCES = sorted(
 )
 JAX_FREE = (
     "_errors _types _turns _options _metrics metrics _queues _admission _buckets "
-    "_shares _scheduler _health _stragglers".split()
+    "_shares _company _scheduler _health _stragglers".split()
 )
 
 

@@ -9,7 +9,6 @@ from stfuse._queues import Queues, Tenant
 from stfuse._scheduler import Scheduler
 from stfuse._types import (
     Bucket,
-    Drain,
     Install,
     Join,
     Leave,
@@ -301,19 +300,6 @@ def test_it_takes_the_bucket_of_most_rows_a_second():
     submit(scheduler, 8, "a")
     submit(scheduler, 9, "b")
     assert scheduler.decide(0.0).batch.bucket == Bucket((4,), 1)
-
-
-def test_a_request_waits_for_company_only_as_long_as_it_may():
-    scheduler = one_lane(max_queue_delay_s=0.5)
-    submit(scheduler, 0, "a", now_s=1.0)
-    decision = scheduler.decide(1.1)
-    assert decision.batch is None
-    assert decision.wait_until_s == 1.5
-    assert served(scheduler.decide(1.5)) == [("a", (0,))]
-    submit(scheduler, 1, "a", now_s=2.0, deadline_s=2.2)
-    assert scheduler.decide(2.0).wait_until_s == pytest.approx(2.19)
-    scheduler.handle(Drain())
-    assert served(scheduler.decide(2.0)) == [("a", (1,))]
 
 
 def test_a_full_queue_refuses_exactly_what_is_too_much():
