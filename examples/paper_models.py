@@ -152,8 +152,9 @@ def in_torch(part: Part, models: Sequence[tuple[Any, ...]], way: str) -> dict[st
     runs = torch_rivals.make_runs(members, dtype_here(), [way])
     if way not in runs:
         return {}
-    held = {"bytes": torch.cuda.memory_allocated() - before}
-    return timed(part, runs[way], len(models)) | held
+    held = torch.cuda.memory_allocated() - before
+    # What an earlier way held may be freed meanwhile: then nothing is known.
+    return timed(part, runs[way], len(models)) | {"bytes": held if held > 0 else None}
 
 
 def timed(part: Part, run: Callable[[], Any], num_requests: int) -> dict[str, Any]:
