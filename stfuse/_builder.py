@@ -190,7 +190,10 @@ class Builder:
         if self._memory.limit_bytes is None or not residency.can_hold(lane, tenant):
             return False
         species = _lane.species_of(lane, tenant.member)
-        if self._memory.fits(bank_bytes(lane, doubled=species)):
+        needed = self._siblings.needs(lane, species)
+        if needed is None:
+            needed = bank_bytes(lane, doubled=species)
+        if self._memory.fits(needed):
             return False
         arrive = self._server.members.arrive
         self._server.command(lambda: arrive(lane, [tenant])).result()

@@ -67,6 +67,16 @@ class Siblings:
             except Exception as error:  # a compiler's; that lane would say so
                 logging.info("stfuse: no lane like '%s' yet: %s", lane.name, error)
 
+    def needs(self, lane: Lane, species: Sequence[int]) -> int | None:
+        """Return the bytes of a lane like a full one, None if more slots do more."""
+        if lane.name != SHARED or not self._is_full(lane, species):
+            return None
+        return own_bytes(lane)
+
+    def _is_full(self, lane: Lane, species: Sequence[int]) -> bool:
+        """Return whether a lane has as many slots of some species as a step may."""
+        return min(lane.capacities[s] for s in species) >= self._max_slots
+
     def take(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
         """Give jobs a slot each of lanes like a full one, those that can be there.
 
@@ -87,8 +97,7 @@ class Siblings:
         keys = {trace.key for trace in lane.traces}
         if any(trace.key not in keys for trace in tenant.member.traces):
             return None
-        species = _lane.species_of(lane, tenant.member)
-        if min(lane.capacities[s] for s in species) < self._max_slots:
+        if not self._is_full(lane, _lane.species_of(lane, tenant.member)):
             return None
         start = f"{lane.name}##"  # no job's name has that
         for other in [*server.lanes.values()]:

@@ -178,6 +178,15 @@ def test_where_there_is_no_memory_for_one_jobs_take_turns():
         assert_all_answer(engine, range(3))
 
 
+def test_memory_for_a_sibling_is_enough_though_none_is_there_for_twice_the_slots():
+    size = 4 * (3 * 3 + 3)
+    with full(FakeDevice(), max_device_bytes=int(4.9 * size) + 200) as engine:
+        engine.add(job(2)).result(60)
+        assert set(engine._server.lanes) == {"all", "all##1"}
+        assert not engine._server.tenants["t2"].is_on_host
+        assert_all_answer(engine, range(3))
+
+
 def test_a_sibling_that_lost_its_weights_is_built_anew():
     device = FakeDevice()
     with full(device) as engine:
