@@ -40,7 +40,7 @@ from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, Server
 from stfuse._swap import prepared, writing
-from stfuse._turns import REFUSED_S, TURNS
+from stfuse._turns import REFUSED_S
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
@@ -68,8 +68,8 @@ class Engine:
         max_device_bytes: most device memory to use; None for all there is. Tenants
             beyond it live on the host while they have no requests.
         switch_interval_s: until `close`, the longest turn of a busy thread of this
-            process (`sys.setswitchinterval`): the device waits for it several times a
-            step. None: 0.5 ms on an accelerator, elsewhere what it is.
+            process (`sys.setswitchinterval`): the device waits for it at each step.
+            None: on an accelerator 2 ms, or 0.5 while somebody uses that up.
         device: a ``jax.Device``, or an object like `stfuse.testing.FakeDevice`; None
             for JAX's default device.
         clock: returns seconds and never goes back.
@@ -128,8 +128,8 @@ class Engine:
             max_device_bytes=max_device_bytes,
         )
         self._compiles_before = _cache.STEPS.num_compiles
-        turns = TURNS.at_most(_options.switch_interval_of(switch_interval_s, on))
-        self._threads = _started(turns(self._server.serve), self._server, self._builder)
+        self._server.turns = _options.turns_of(switch_interval_s, on)
+        self._threads = _started(self._server, self._builder)
 
     def add(self, job: Job) -> Future[None]:
         """Take a job's requests from now on.
@@ -385,13 +385,13 @@ class Engine:
         )
 
 
-def _started(serve: Any, server: Server, builder: Builder) -> list[threading.Thread]:
+def _started(server: Server, builder: Builder) -> list[threading.Thread]:
     """Start an engine's threads: one builds, one serves, one runs callbacks."""
     threads = [
         threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
         for what, run in (
             ("build", lambda: _supervise.build(server, builder)),
-            ("serve", serve),
+            ("serve", server.turns.held()(server.serve)),
             ("callbacks", server.books.callbacks.run),
         )
     ]

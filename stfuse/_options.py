@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stfuse._turns import QUICK_S
+from stfuse._turns import LONG_S, OwnTurns
 from stfuse._types import Policy
 
 
@@ -53,8 +53,8 @@ def check_delay(max_queue_delay_s: float) -> None:
         )
 
 
-def switch_interval_of(asked_s: float | None, device: Any) -> float | None:
-    """Return how long threads' turns may be while a device serves; None: as they are.
+def turns_of(asked_s: float | None, device: Any) -> OwnTurns:
+    """Return how long threads' turns may be while a device serves.
 
     On a CPU the step itself needs the cores that more switches would take.
 
@@ -62,13 +62,14 @@ def switch_interval_of(asked_s: float | None, device: Any) -> float | None:
         ValueError: what was asked for is no time above zero.
     """
     if asked_s is None:
-        return QUICK_S if getattr(device, "is_accelerator", False) else None
+        is_apart = getattr(device, "is_accelerator", False)
+        return OwnTurns(LONG_S, is_choosing=True) if is_apart else OwnTurns()
     if not asked_s > 0:
         raise ValueError(
             f"`stfuse.Engine`: switch_interval_s is {asked_s!r}; pass seconds > 0, or "
             f"None."
         )
-    return asked_s
+    return OwnTurns(asked_s)
 
 
 def policy_of(name: str) -> Policy:

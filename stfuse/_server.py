@@ -32,6 +32,7 @@ from stfuse._lane import Lane
 from stfuse._members import Members
 from stfuse._metrics import Metrics
 from stfuse._scheduler import Scheduler
+from stfuse._turns import OwnTurns
 from stfuse._types import (
     Batch,
     Bucket,
@@ -83,13 +84,12 @@ class Server:
         own = self.books, self.metrics, self.faults, self.command
         self.members = Members(self.lock, scheduler, *own, device)
         self.tenants, self.lanes = self.members.tenants, self.members.lanes
-        self.is_closed = False
-        self._is_stopping = self._is_stopped = False
+        self.is_closed = self._is_stopping = self._is_stopped = False
         self._has_served = True  # a step, since the loop last began
         self._commands: deque[_Command] = deque()
         self._is_command_next = True
-        self._decide_s = 0.0
-        self._num_launches = 0
+        self._decide_s, self._num_launches = 0.0, 0
+        self.turns = OwnTurns()
         self.read_s = float("-inf")  # when the last step was read
         self._thread: threading.Thread | None = None
         subscribe = getattr(clock, "subscribe", None)
@@ -142,8 +142,7 @@ class Server:
             QueueFullError, DeadlineError, ClosedError: from the scheduler.
             DeviceError: the device is lost, or the job in quarantine.
         """
-        name, faults = tenant.job.name, self.faults
-        num_bytes = inputs.num_bytes
+        name, faults, num_bytes = tenant.job.name, self.faults, inputs.num_bytes
         with self._inner:  # the lock itself: its condition is one more call
             if self.is_closed:
                 raise ClosedError(CLOSED, jobs=(name,))
@@ -362,7 +361,8 @@ class Server:
         staged, placed = _staging.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
         self._num_launches += 1
-        with StepTraceAnnotation("stfuse_step", step_num=self._num_launches):
+        trace = StepTraceAnnotation("stfuse_step", step_num=self._num_launches)
+        with trace, self.turns.watched():
             step = lane.steps[bucket]
             outputs = self.device.launch(step, lane.bank.stacks, *staged[:2])
         host_s = self._decide_s, launched_s - begun_s, self.clock() - launched_s

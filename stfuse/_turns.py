@@ -1,13 +1,15 @@
 """How often the threads of this process get their turn.
 
 A thread that computes in Python keeps the interpreter for `sys.getswitchinterval`, 5 ms
-unless told, and the thread that serves asks for it back after every call into XLA,
-several times a step.
+unless told, and the thread that serves asks for it back after every call into XLA. One
+that soon waits for something gives it back by itself: then a long turn costs nobody
+anything, and saves switches. So turns are long until somebody uses them up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -15,6 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 QUICK_S = 5e-4  # what a switch costs is some 10 us
+LONG_S = 2e-3
+_LOOK = 16  # launches, of which half
+_USED_UP = 0.75  # had to wait for so much of a long turn, or somebody uses them up
+_SHORT_FOR_S = (1.0, 64.0)  # at first, and at most, each time twice as long
 # Who is refused rests so long before it hears of it: a thread that asked again at once
 # would take the interpreter from those who serve the others.
 REFUSED_S = 1e-4
@@ -43,17 +49,22 @@ class Turns:
         if seconds is None:
             yield
             return
-        with self._lock:
-            if not self._asked_s:
-                self._before_s = self._own_s = sys.getswitchinterval()
-            self._asked_s.append(seconds)
-            self._set()
+        self.ask(seconds)
         try:
             yield
         finally:
-            with self._lock:
-                self._asked_s.remove(seconds)
-                self._set()
+            self.ask(None, seconds)
+
+    def ask(self, seconds: float | None, before: float | None = None) -> None:
+        """Ask for turns of some seconds, in place of others; None is nothing."""
+        with self._lock:
+            if not self._asked_s:
+                self._before_s = self._own_s = sys.getswitchinterval()
+            if before is not None:
+                self._asked_s.remove(before)
+            if seconds is not None:
+                self._asked_s.append(seconds)
+            self._set()
 
     def _set(self) -> None:
         if sys.getswitchinterval() == self._own_s:
@@ -62,6 +73,79 @@ class Turns:
 
 
 TURNS = Turns()
+
+
+class OwnTurns:
+    """What an engine asks for: always the same, or long turns as long as that is good.
+
+    A thread that launches gives the interpreter away and wants it back at once. If it
+    often waits for most of a turn, somebody computes without end: turns are short for
+    a while then.
+
+    Args:
+        seconds: of a turn; None to leave them alone.
+        is_choosing: whether ``seconds`` is for as long as nobody uses it up.
+        turns: the process's.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None = None,
+        *,
+        is_choosing: bool = False,
+        turns: Turns = TURNS,
+    ) -> None:
+        """Ask for nothing yet."""
+        self.seconds = seconds
+        self._is_choosing = is_choosing
+        self._turns = turns
+        self._num = self._num_used_up = 0
+        self._short_until_s, self._short_for_s = math.inf, _SHORT_FOR_S[0]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Ask for them while within."""
+        if self.seconds is None:
+            yield
+            return
+        self._turns.ask(self.seconds)
+        try:
+            yield
+        finally:
+            self._turns.ask(None, self.seconds)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look at how long a launch within waited for the interpreter."""
+        if not self._is_choosing:
+            yield
+            return
+        start_s, ran_s = time.perf_counter(), time.thread_time()
+        yield
+        ran_s, now_s = time.thread_time() - ran_s, time.perf_counter()
+        self.waited(now_s - start_s - ran_s, now_s)
+
+    def waited(self, seconds: float, now_s: float) -> None:
+        """Take note of how long a launch waited, and choose."""
+        if self.seconds == QUICK_S:
+            if now_s >= self._short_until_s:
+                self._choose(LONG_S)
+            return
+        self._num += 1
+        self._num_used_up += seconds >= _USED_UP * LONG_S
+        if self._num < _LOOK:
+            return
+        if 2 * self._num_used_up >= _LOOK:
+            self._choose(QUICK_S)
+            self._short_until_s = now_s + self._short_for_s
+            self._short_for_s = min(2 * self._short_for_s, _SHORT_FOR_S[1])
+        elif not self._num_used_up:
+            self._short_for_s = _SHORT_FOR_S[0]
+        self._num = self._num_used_up = 0
+
+    def _choose(self, seconds: float) -> None:
+        before, self.seconds = self.seconds, seconds
+        self._turns.ask(seconds, before)
 
 
 @contextlib.contextmanager

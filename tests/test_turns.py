@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stfuse import Engine, _turns
-from stfuse._options import switch_interval_of
-from stfuse._turns import QUICK_S, Turns, giving_way
+from stfuse._options import turns_of
+from stfuse._turns import LONG_S, QUICK_S, OwnTurns, Turns, giving_way
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import serve, wait_for
 
@@ -86,7 +86,7 @@ class Accelerator(FakeDevice):
     ("device", "asked_s", "serving_s"),
     [
         (FakeDevice, None, None),
-        (Accelerator, None, QUICK_S),
+        (Accelerator, None, LONG_S),
         (FakeDevice, 2e-3, 2e-3),
         (Accelerator, 2e-3, 2e-3),
     ],
@@ -111,7 +111,73 @@ def test_two_engines_share_the_shorter_interval(interval):
 @pytest.mark.parametrize("wrong", [0, -1e-3, float("nan")])
 def test_an_interval_must_be_a_time(wrong):
     with pytest.raises(ValueError, match="switch_interval_s is .*pass seconds > 0"):
-        switch_interval_of(wrong, FakeDevice())
+        turns_of(wrong, FakeDevice())
+
+
+def test_turns_are_short_for_a_while_where_somebody_uses_them_up(interval):
+    turns = Turns()
+    own = OwnTurns(LONG_S, is_choosing=True, turns=turns)
+    with own.held():
+        assert now_s() == LONG_S
+        for i in range(64):  # now and then, as any thread may
+            own.waited(LONG_S if i % 3 == 0 else 0.0, 0.0)
+        assert now_s() == LONG_S
+        at_s = 0.0
+        for short_for_s in (1.0, 2.0, 4.0):
+            for _ in range(16):
+                own.waited(0.8 * LONG_S, at_s)
+            assert now_s() == QUICK_S
+            own.waited(QUICK_S, at_s + 0.99 * short_for_s)
+            assert now_s() == QUICK_S
+            at_s += short_for_s
+            own.waited(QUICK_S, at_s)
+            assert now_s() == LONG_S
+        for _ in range(16):
+            own.waited(0.0, at_s)  # it is gone: the next one is found as if the first
+        for _ in range(16):
+            own.waited(LONG_S, at_s)
+        own.waited(QUICK_S, at_s + 1.0)
+        assert now_s() == LONG_S
+    assert now_s() == interval
+
+
+def test_turns_that_were_asked_for_stay():
+    own = OwnTurns(LONG_S, turns=Turns())
+    with own.held():
+        for _ in range(64):
+            with own.watched():
+                time.sleep(LONG_S)
+        assert now_s() == LONG_S
+
+
+def test_an_engine_beside_a_thread_that_never_waits_has_short_turns(interval):
+    class Device(Accelerator):
+        def launch(self, compiled, *arguments):
+            time.sleep(1e-4)  # a call in which others have the interpreter
+            return super().launch(compiled, *arguments)
+
+    is_over, job = threading.Event(), affine_job("a", width=7)
+    row = np.ones((1, 7), np.float32)
+
+    def compute():
+        while not is_over.is_set():
+            pass
+
+    with serve(job, device=Device(), max_batch_size=1) as engine:
+        engine.infer("a", row)
+        wait_for(lambda: now_s() == LONG_S)
+        thread = threading.Thread(target=compute)
+        thread.start()
+        try:
+            for _ in range(200):
+                engine.infer("a", row, timeout_s=60)
+                if now_s() == QUICK_S:
+                    break
+            assert now_s() == QUICK_S
+        finally:
+            is_over.set()
+            thread.join()
+    assert now_s() == interval
 
 
 def called(seconds):
