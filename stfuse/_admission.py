@@ -10,9 +10,11 @@ import math
 import operator
 from dataclasses import dataclass, fields
 
+from stfuse._buckets import LaneBuckets
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
 from stfuse._options import check_sizes
 from stfuse._queues import Queues, Tenant
+from stfuse._shares import Shares
 from stfuse._types import Policy, Submit
 
 _CALL = "`stfuse.Engine.submit`"
@@ -65,22 +67,24 @@ class Pace:
         slots: most slots of a step of the lane that ran last.
         rows: most rows of a slot of it.
         is_dense: whether a tenant has one slot of its largest step, not more.
+        slot_s: seconds of a slot of it in a full step.
     """
 
     def __init__(self) -> None:
         """Know nothing."""
-        self.step_s = 0.0
+        self.step_s, self.slot_s = 0.0, 1.0
         self.slots = self.rows = 1
         self.is_dense = True
         self._free_s = 0.0
 
     def start(
-        self, now_s: float, step_s: float, slots: int, rows: int, is_dense: bool
+        self, now_s: float, step_s: float, lane: LaneBuckets, slot_s: float
     ) -> None:
-        """Take note of a step that is started."""
+        """Take note of a step of a lane that is started."""
         kept = _KEPT if self.step_s else 0.0
         self.step_s = kept * self.step_s + (1 - kept) * step_s
-        self.slots, self.rows, self.is_dense = slots, rows, is_dense
+        self.slots, self.rows, self.is_dense = lane.slots, lane.rows, lane.is_dense
+        self.slot_s = slot_s
         self._free_s = max(self._free_s, now_s) + step_s
 
     def busy_s(self, now_s: float) -> float:
@@ -103,8 +107,20 @@ class Admission:
         most = [getattr(bounds, field.name) for field in fields(bounds)]
         self._most = [math.inf if each is None else each for each in most]
 
-    def check(self, event: Submit, tenant: Tenant | None, queues: Queues) -> Tenant:
+    def check(
+        self,
+        event: Submit,
+        tenant: Tenant | None,
+        queues: Queues,
+        shares: Shares | None,
+    ) -> Tenant:
         """Return whose request it is, if it is taken.
+
+        Args:
+            event: the request.
+            tenant: whose it is; None if that is unknown.
+            queues: what waits.
+            shares: where they are strict, who is beyond its own.
 
         Raises:
             ClosedError: its tenant is unknown or leaving.
@@ -126,7 +142,7 @@ class Admission:
         if not self._has_room(event, tenant, queues):
             raise self._full(event, tenant, queues)
         if event.deadline_s is not None and self.pace.step_s:
-            wait_s = self._wait_s(event, tenant, queues)
+            wait_s = self._wait_s(event, tenant, queues, shares)
             if event.now_s + wait_s > event.deadline_s:
                 raise DeadlineError(
                     f"{_CALL}: job '{event.tenant}': found a deadline in "
@@ -168,7 +184,9 @@ class Admission:
         turns = -(-len(queues.waiting) // self.pace.slots)
         return self.pace.busy_s(event.now_s) + turns * self.pace.step_s
 
-    def _wait_s(self, event: Submit, tenant: Tenant, queues: Queues) -> float:
+    def _wait_s(
+        self, event: Submit, tenant: Tenant, queues: Queues, shares: Shares | None
+    ) -> float:
         """Return for how long a request will at least wait.
 
         Others count with one slot each, whatever they have waiting: that is what a step
@@ -184,6 +202,10 @@ class Admission:
             before = queues.num_before(event.deadline_s or 0.0)
             before = max(before - bool(own[0]), 0)
             turns = own[1] // (pace.rows * spare) + before // slots
+            if shares is not None:
+                own_slots, per_step = own[1] // pace.rows, pace.step_s / pace.slot_s
+                beyond = shares.turns(tenant.name, own_slots, per_step, event.now_s)
+                turns = max(turns, beyond)
         return pace.busy_s(event.now_s) + turns * pace.step_s
 
 

@@ -13,7 +13,7 @@ from stfuse._types import Bucket, Chunk
 
 # Slots that a tenant may have beyond its claim where they are left free: the device has
 # them for nothing, but the host works for each as for one that counts.
-_BEYOND = 2
+BEYOND = 2
 
 
 class Times(NamedTuple):
@@ -205,7 +205,7 @@ def _limits(
     slots = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
     if claims is None:
         return [slots[t.species] for t in mates]
-    return [min(slots[t.species], claims[t.name] + _BEYOND) for t in mates]
+    return [min(slots[t.species], claims[t.name] + BEYOND) for t in mates]
 
 
 def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:

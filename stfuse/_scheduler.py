@@ -153,7 +153,7 @@ class Scheduler:
     def submit(self, event: Submit) -> None:
         """Take note of the event that there are most of; as `handle` does."""
         known = self._tenants.get(event.tenant)
-        tenant = self._admission.check(event, known, self._queues)
+        tenant = self._admission.check(event, known, self._queues, self._shares)
         self._queues.add(tenant, event)
 
     def is_news(self, tenant: str, deadline_s: float | None) -> bool:
@@ -346,7 +346,8 @@ class Scheduler:
             tenant.turn = self._num_steps
             self._queues.drop(tenant, chunk.requests)
         self._is_contended = len(self._queues) > 0
-        self._admission.pace.start(now_s, step_s, lane.slots, lane.rows, lane.is_dense)
+        slot_s = lane.slot_s(chunks[0].species, bucket.rows)
+        self._admission.pace.start(now_s, step_s, lane, slot_s)
 
 
 def _at(seen: list[Tenant], i: int, order: Iterator[Tenant]) -> Tenant | None:

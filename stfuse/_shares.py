@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stfuse._buckets import LaneBuckets
+from stfuse._buckets import BEYOND, LaneBuckets
 from stfuse._queues import Tenant
 from stfuse._types import Bucket, Chunk
 
 _BURST = 8.0  # slots, where shares are equal: so many at once are nobody's flood
 _RECENT_S = 1.0  # others count as here so long after they were served
+_STEPS = 32  # lately
 _SHORT = 1.25  # times the shortest step: what a step may take that serves no other
 _REST = 16.0  # times as long as it took until the next one of those
 
@@ -31,6 +32,7 @@ class _Account:
         burst: slots that it may have at once.
         spent_s: what was in it, seconds.
         at_s: as of when.
+        per_step: slots of a step that it had lately while it was beyond its share.
     """
 
     weight: float
@@ -38,6 +40,7 @@ class _Account:
     burst: float = 0.0
     spent_s: float = 0.0
     at_s: float = 0.0
+    per_step: float = BEYOND
 
     def left_s(self, now_s: float) -> float:
         """Return what is in it; no more than there was, should the clock go back."""
@@ -99,6 +102,24 @@ class Shares:
         }
         return not self._recent.keys() <= {tenant.name for tenant in tenants}
 
+    def turns(self, name: str, slots: int, per_step: float, now_s: float) -> int:
+        """Return how many steps it takes until a tenant had so many slots, about.
+
+        Args:
+            name: the tenant's.
+            slots: that it waits for; a burst of them counts for nothing.
+            per_step: slots of a full step that take as long as a step does.
+            now_s: the time.
+        """
+        account, since_s = self._accounts[name], now_s - _RECENT_S
+        if not account.burst or slots <= account.burst:
+            return 0
+        others = (at_s for of, at_s in self._recent.items() if of != name)
+        if not any(at_s > since_s for at_s in others):
+            return 0
+        gets = account.per_step + account.share * per_step
+        return int((slots - account.burst) / gets)
+
     def turn(
         self, tenants: Sequence[Tenant], lane: LaneBuckets, now_s: float
     ) -> tuple[float, float]:
@@ -145,6 +166,11 @@ class Shares:
             account.at_s = now_s
             if claims[name]:
                 self._recent[name] = now_s
+        for name in [name for name, claim in claims.items() if not claim]:
+            account, had = self._accounts[name], 0
+            for chunk in chunks:
+                had += chunk.tenant == name
+            account.per_step += (had - account.per_step) / _STEPS
         if not any([claims[chunk.tenant] for chunk in chunks]):
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 

@@ -13,7 +13,7 @@ ORDER = (
     "_errors _types _turns _options _tree _lengths _job _inputs _fingerprint _program "
     "_trace _hoist _cost _rules _plan _draft _merge _align _lower _regions _values "
     "_together _evaluate _layout _bank _part _step _stacked _cache _tuned _fuse "
-    "_metrics metrics _queues _admission _buckets _shares _company _scheduler "
+    "_metrics metrics _queues _buckets _shares _admission _company _scheduler "
     "_arrivals _simulate _stragglers _device _lane _staging _memory _answers _flight "
     "_books _health _canary _faults _residency _members _server _regroup _siblings "
     "_builder _swap _supervise _engine __init__ testing"
@@ -31,8 +31,8 @@ SOURCES = sorted(
     for path in (ROOT / room).rglob("*.py")
 )
 JAX_FREE = (
-    "_errors _types _turns _options _metrics metrics _queues _admission _buckets "
-    "_shares _company _scheduler _health _stragglers".split()
+    "_errors _types _turns _options _metrics metrics _queues _buckets _shares "
+    "_admission _company _scheduler _health _stragglers".split()
 )
 
 

@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from stfuse._arrivals import Arrivals
 from stfuse._buckets import LaneBuckets, Times
 from stfuse._queues import Entry, Tenant
 from stfuse._scheduler import Scheduler
 from stfuse._shares import Shares
+from stfuse._simulate import simulate
 from stfuse._types import Bucket, Chunk, Drain, Install, Join, Policy, Ready
 from tests.test_scheduler import served, submit
 
@@ -162,6 +165,43 @@ def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
     assert shares.turn([waiting("a")], all_of, 5.0) == (21.0, 1.25)
     assert shares.turn([waiting("a")], all_of, 5.9) == (21.0, 1.25)
     assert shares.turn([waiting("a")], all_of, 7.0) == (7.0, math.inf)
+
+
+def test_how_long_a_backlog_takes_is_told_by_what_its_tenant_got_lately():
+    shares, all_of = shares_of(a=1.0, b=1.0), lane()
+    both = [*map(waiting, "ab")]
+    assert shares.turns("a", 100, 10.0, 0.0) == 0  # nobody else is about
+    claims = shares.claims(both, all_of, 0.0)
+    of_b, of_a = Chunk("b", (), 1, 0, 0), Chunk("a", (), 1, 0, 0)
+    shares.spend([of_b, *[of_a] * 9], claims, all_of, ONE, 0.0)
+    assert shares.turns("a", 8, 10.0, 0.0) == 0  # a burst
+    # Two slots of a step, and half of what a full step would have in its time.
+    assert shares.turns("a", 8 + 70, 10.0, 0.0) == 10
+    for _ in range(200):  # others leave it nothing
+        shares.spend([of_b], {"a": 0, "b": 8}, all_of, ONE, 0.0)
+    assert shares.turns("a", 8 + 70, 10.0, 0.0) == pytest.approx(14, abs=1)
+    assert shares.turns("a", 8 + 70, 10.0, 2.0) == 0  # nobody is about any more
+
+
+def test_what_a_flood_cannot_have_in_time_is_refused_and_nothing_lost_by_it(seed):
+    times_ms = {1: 0.7, 2: 0.8, 4: 0.93, 8: 1.24, 16: 2.23, 32: 4.2, 64: 6.4}
+    table = {(slots, 1): 1e-3 * ms for slots, ms in times_ms.items()}
+    rng, share = np.random.default_rng(seed), 64 / 6.4e-3 / 64
+    times, tenants = [], []
+    for tenant in range(64):
+        rate = 10 * share if tenant == 0 else 0.5 * share
+        own = np.cumsum(rng.exponential(1 / rate, int(2 * rate)))
+        times.append(own)
+        tenants.append(np.full(len(own), tenant))
+    due_s, whose = np.concatenate(times), np.concatenate(tenants)
+    order = np.argsort(due_s)
+    trace = Arrivals(due_s[order], whose[order])
+    strict = simulate(trace, table, deadline_s=0.06, strict_shares=True)
+    assert strict.shed > strict.expired  # all of the flood's
+    others_s = strict.latency_s[strict.tenants > 0]
+    assert np.isfinite(others_s).all() and np.quantile(others_s, 0.99) < 6e-3
+    served = np.isfinite(strict.latency_s[strict.tenants == 0]).sum()
+    assert served > 0.4 * (strict.tenants == 0).sum()
 
 
 def test_a_clock_that_goes_back_gives_and_takes_nothing():
