@@ -189,9 +189,9 @@ class Builder:
         residency = self._server.members.residency
         if self._memory.limit_bytes is None or not residency.can_hold(lane, tenant):
             return False
-        species = _lane.species_of(lane, tenant.member)
-        needed = self._siblings.needs(lane, species)
+        needed = self._siblings.needs(lane, tenant)
         if needed is None:
+            species = _lane.species_of(lane, tenant.member)
             needed = bank_bytes(lane, doubled=species)
         if self._memory.fits(needed):
             return False

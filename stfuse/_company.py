@@ -7,7 +7,6 @@ waiting; those who are beyond their share do not count: there is always more of 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from stfuse._queues import Tenant
@@ -24,10 +23,12 @@ class Company:
     def __init__(self, delay_s: float) -> None:
         """Wait for nobody."""
         self.delay_s = delay_s
-        self._enough, self._until_s = 0, math.inf
+        self.forget()
 
     def forget(self) -> None:
         """Wait for nobody."""
+        self._lane: str | None = None
+        self._served: frozenset[str] = frozenset()
         self._enough, self._until_s = 0, math.inf
 
     def wait(
@@ -49,53 +50,48 @@ class Company:
             p99_s: what such steps take at most.
             now_s: the time.
         """
-        served = _served_alone(mates, chunks, claims, num_queued)
-        entries = [entry for tenant in served for entry in tenant.queue]
-        if any(entry.arrival_s > now_s for entry in entries):
-            return now_s  # the clock went back: how long they waited is not known
-        ends_s = [
-            min(entry.arrival_s + self.delay_s, entry.deadline_s - p99_s)
-            for entry in entries
-        ]
-        return min(ends_s, default=now_s)
+        taken: dict[str, int] = {}
+        for chunk in chunks:
+            taken[chunk.tenant] = taken.get(chunk.tenant, 0) + len(chunk.requests)
+        num, ends_s, arrived_s = 0, [], []
+        for tenant in mates:
+            queue, own = tenant.queue, taken.get(tenant.name, 0)
+            num += len(queue)
+            if own:  # the first of them is the most urgent
+                ends_s.append(queue[0].deadline_s - p99_s)
+            if claims is None or claims[tenant.name]:
+                if own < len(queue):
+                    return now_s
+                arrived_s += [entry.arrival_s for entry in queue]
+        # A clock that went back does not say how long they waited.
+        if num < num_queued or not arrived_s or max(arrived_s) > now_s:
+            return now_s
+        return min(*ends_s, min(arrived_s) + self.delay_s)
 
-    def expect(self, enough: int, until_s: float) -> None:
+    def expect(
+        self, lane: str | None, served: frozenset[str], enough: int, until_s: float
+    ) -> None:
         """Take note of what ends a wait before its time.
 
         Args:
+            lane: whose step waits; others' requests are not in it.
+            served: who is; what else they ask for may find no place in it.
             enough: requests that fill the step if so many wait.
             until_s: a request with a deadline before that ends it too.
         """
+        self._lane, self._served = lane, served
         self._enough, self._until_s = enough, until_s
 
-    def is_there(self, num_queued: int, deadline_s: float | None) -> bool:
+    def is_there(
+        self, tenant: Tenant, num_queued: int, deadline_s: float | None
+    ) -> bool:
         """Return whether a request that just came ends the wait.
 
         Args:
+            tenant: whose it is.
             num_queued: requests that wait now.
             deadline_s: the new one's.
         """
         is_urgent = deadline_s is not None and deadline_s < self._until_s
-        return is_urgent or num_queued >= self._enough
-
-
-def _served_alone(
-    mates: Sequence[Tenant],
-    chunks: Sequence[Chunk],
-    claims: Mapping[str, int] | None,
-    num_queued: int,
-) -> list[Tenant]:
-    """Return whom a step serves wholly; nobody if it leaves others waiting."""
-    slots = Counter([chunk.tenant for chunk in chunks])
-    taken = dict.fromkeys(slots, 0)
-    for chunk in chunks:
-        taken[chunk.tenant] += len(chunk.requests)
-    served, num = [], 0
-    for tenant in mates:
-        name, own = tenant.name, taken.get(tenant.name, 0)
-        if own == len(tenant.queue):
-            served.append(tenant)
-        elif claims is None or slots[name] < claims[name]:
-            return []
-        num += len(tenant.queue)
-    return served if num == num_queued else []
+        is_another = tenant.lane != self._lane or tenant.name in self._served
+        return is_urgent or is_another or num_queued >= self._enough

@@ -160,7 +160,8 @@ class Scheduler:
         """Return whether a request that came may end what was decided last: to wait."""
         if tenant in self._held:
             return deadline_s is not None
-        return self._company.is_there(len(self._queues), deadline_s)
+        known = self._tenants[tenant]
+        return self._company.is_there(known, len(self._queues), deadline_s)
 
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
@@ -255,13 +256,14 @@ class Scheduler:
         assert lane is not None
         bucket, chunks = found
         times = lane.ready[bucket]
-        if self._company.delay_s:
-            claims, num = self._claims if self._shares else None, len(self._queues)
-            p99_s = times.p99_s
-            hold_s = self._company.wait(mates, chunks, claims, num, p99_s, now_s)
-            if now_s < hold_s:
-                self._company.expect(num + lane.slots - len(chunks), hold_s + p99_s)
-                return Decision(None, tuple(expired), hold_s)
+        # One slot may have more rows yet, and several more of those who are in them.
+        is_full = len(chunks) >= lane.slots and (
+            lane.slots > 1 or chunks[0].rows >= lane.rows
+        )
+        if self._company.delay_s and not is_full:
+            until_s = self._wait_until_s(lane, mates, chunks, times.p99_s, now_s)
+            if now_s < until_s:
+                return Decision(None, tuple(expired), until_s)
         self._take(lane, bucket, chunks, now_s)
         batch = Batch(first.lane or "", bucket, tuple(chunks), times.step_s)
         return Decision(batch, tuple(expired))
@@ -329,6 +331,29 @@ class Scheduler:
         # Those beyond come after the others, in what these leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
         return now_s, of(ordered, claims=claims) or of(mates)
+
+    def _wait_until_s(
+        self,
+        lane: LaneBuckets,
+        mates: Sequence[Tenant],
+        chunks: Sequence[Chunk],
+        p99_s: float,
+        now_s: float,
+    ) -> float:
+        """Return until when a step waits for company, or for what expires meanwhile."""
+        num, claims = len(self._queues), self._claims if self._shares else None
+        end_s = self._company.wait(mates, chunks, claims, num, p99_s, now_s)
+        if self._shares and now_s < end_s:  # who is entitled to slots waits for nobody
+            end_s = min(end_s, self._shares.next_claim_s(mates, lane, now_s))
+        if end_s <= now_s:
+            return now_s
+        served = frozenset([c.tenant for c in chunks if not claims or claims[c.tenant]])
+        longest_s = max(
+            [t.p99_s for each in self._lanes.values() for t in each.ready.values()]
+        )
+        enough = num + lane.slots - len(chunks)
+        self._company.expect(mates[0].lane, served, enough, end_s + longest_s)
+        return min(end_s, self._queues.next_deadline_s())
 
     def _take(
         self, lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Chunk], now_s: float

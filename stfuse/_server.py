@@ -49,6 +49,7 @@ _LATE = "the request's deadline passed before it could start"
 _MAX_IN_FLIGHT = 2
 _LEAD = 2.0  # times what the host took for the last step
 _MOST_WAIT_S = 0.1  # should a step be done long before it was ever seen to be
+_HOUR_S = 3600.0  # then it looks again: a condition does not wait for ever
 _Command = tuple[Callable[[], Any], Future[Any]]
 _Work = _Command | Decision | Flight
 
@@ -151,18 +152,11 @@ class Server:
             now_s = self.clock()
             number = self.books.next_number()
             until_s = None if deadline_s is None else now_s + deadline_s
+            event = Submit(
+                number, name, inputs.rows, now_s, until_s, inputs.length, num_bytes
+            )
             try:
-                self.scheduler.submit(
-                    Submit(
-                        number,
-                        name,
-                        inputs.rows,
-                        now_s,
-                        until_s,
-                        inputs.length,
-                        num_bytes,
-                    )
-                )
+                self.scheduler.submit(event)
             except (QueueFullError, DeadlineError) as error:
                 is_full = isinstance(error, QueueFullError)
                 self.metrics.count(name, "queue_full" if is_full else "predicted_miss")
@@ -171,6 +165,7 @@ class Server:
             tenant.last_request = number
             if tenant.is_on_host:
                 self.members.residency.want(tenant)
+                self._work.notify()
             if self._is_idle and self.scheduler.is_news(name, until_s):
                 self._is_idle = False
                 self._work.notify()
@@ -277,7 +272,9 @@ class Server:
             self._decide_s = self.clock() - now_s
             return decision, None
         until_s = decision.wait_until_s
-        return None, None if until_s is None else max(until_s - now_s, 0.0)
+        if until_s is None:
+            return None, None
+        return None, min(max(until_s - now_s, 0.0), _HOUR_S)
 
     def _stranded(self) -> _Command | None:
         """Return what fails requests of no lane: at the end nobody builds one."""

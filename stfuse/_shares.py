@@ -91,6 +91,25 @@ class Shares:
             found[tenant.name] = int(most + 1e-6)
         return found
 
+    def next_claim_s(
+        self, tenants: Iterable[Tenant], lane: LaneBuckets, now_s: float
+    ) -> float:
+        """Return when the first of those beyond their share has a claim; or infinity.
+
+        Args:
+            tenants: of one lane; each waits for a slot.
+            lane: theirs.
+            now_s: the time.
+        """
+        found = math.inf
+        for tenant in tenants:
+            account = self._accounts[tenant.name]
+            kept_s = (account.burst - 1) * lane.slot_s(*_slot_of(tenant))
+            over_s = account.left_s(now_s) - kept_s
+            if over_s > 0:
+                found = min(found, now_s + over_s / account.share)
+        return found
+
     def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:
         """Return whether anybody else with a claim was served a moment ago."""
         since_s = now_s - _RECENT_S

@@ -30,6 +30,11 @@ def is_busy(server: Server) -> bool:
     return server.is_clock_real and server.clock() - server.read_s < _MOMENT_S
 
 
+def _start(lane: Lane) -> str:
+    """Return how the names of lanes like one begin; no job's name does."""
+    return f"{lane.name}##"
+
+
 class Siblings:
     """The lanes that are like the shared one.
 
@@ -67,11 +72,21 @@ class Siblings:
             except Exception as error:  # a compiler's; that lane would say so
                 logging.info("stfuse: no lane like '%s' yet: %s", lane.name, error)
 
-    def needs(self, lane: Lane, species: Sequence[int]) -> int | None:
-        """Return the bytes of a lane like a full one, None if more slots do more."""
+    def needs(self, lane: Lane, tenant: Tenant) -> int | None:
+        """Return the bytes that a job needs in a lane like a full one.
+
+        Nothing if there is one with a free slot; None if the lane is not full.
+        """
+        species = _lane.species_of(lane, tenant.member)
         if lane.name != SHARED or not self._is_full(lane, species):
             return None
-        return own_bytes(lane)
+        has_room = any(_lane.has_room(o, tenant.member) for o in self._like(lane))
+        return 0 if has_room else own_bytes(lane)
+
+    def _like(self, lane: Lane) -> list[Lane]:
+        """Return the lanes like a full one that there are."""
+        lanes = [*self._server.lanes.values()]
+        return [other for other in lanes if other.name.startswith(_start(lane))]
 
     def _is_full(self, lane: Lane, species: Sequence[int]) -> bool:
         """Return whether a lane has as many slots of some species as a step may."""
@@ -99,9 +114,8 @@ class Siblings:
             return None
         if not self._is_full(lane, _lane.species_of(lane, tenant.member)):
             return None
-        start = f"{lane.name}##"  # no job's name has that
-        for other in [*server.lanes.values()]:
-            if other.name.startswith(start) and _lane.has_room(other, tenant.member):
+        for other in self._like(lane):
+            if _lane.has_room(other, tenant.member):
                 staged = _lane.staged(other, tenant.member)
                 join = server.members.join
                 server.command(lambda: join(other, tenant, staged)).result()  # noqa: B023
@@ -110,7 +124,7 @@ class Siblings:
         if not self._memory.fits(own_bytes(lane)):
             return None
         self._num += 1
-        new = _lane.sibling(lane, f"{start}{self._num}")
+        new = _lane.sibling(lane, f"{_start(lane)}{self._num}")
         self._rest()
         staged = _lane.staged(new, tenant.member)
         self._rest()

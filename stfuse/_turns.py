@@ -19,7 +19,7 @@ from typing import Any
 QUICK_S = 5e-4  # what a switch costs is some 10 us
 LONG_S = 2e-3
 _LOOK = 16  # launches, of which half
-_USED_UP = 0.75  # had to wait for so much of a long turn, or somebody uses them up
+_USED_UP = 0.75  # had to wait for so much of a turn, or somebody uses them up
 _SHORT_FOR_S = (1.0, 64.0)  # at first, and at most, each time twice as long
 # Who is refused rests so long before it hears of it: a thread that asked again at once
 # would take the interpreter from those who serve the others.
@@ -132,7 +132,7 @@ class OwnTurns:
                 self._choose(LONG_S)
             return
         self._num += 1
-        self._num_used_up += seconds >= _USED_UP * LONG_S
+        self._num_used_up += seconds >= _USED_UP * sys.getswitchinterval()
         if self._num < _LOOK:
             return
         if 2 * self._num_used_up >= _LOOK:

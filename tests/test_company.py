@@ -1,9 +1,12 @@
 """A step waits for company: until when, for whom, and what ends that sooner."""
 
+import numpy as np
 import pytest
 
 from stfuse._scheduler import Scheduler
 from stfuse._types import Bucket, Drain, Install, Join, Policy, Ready
+from stfuse.testing import FakeDevice, affine_job
+from tests.serving import ROW, serve
 from tests.test_scheduler import one_lane, served, submit
 from tests.test_shares import STEP_S
 
@@ -33,31 +36,86 @@ def test_what_fills_the_step_or_is_urgent_ends_a_wait_for_company():
     assert scheduler.is_news("c", 1.505)  # less than a step after the wait
     submit(scheduler, 3, "d", now_s=1.2)
     assert scheduler.is_news("d", None)
-    submit(scheduler, 4, "e", now_s=1.2)  # who finds no place waits: no use in company
     assert len(served(scheduler.decide(1.2))) == 4
     assert scheduler.is_news("a", None)
 
 
-def test_a_flood_s_backlog_does_not_end_a_wait_for_company():
-    scheduler = Scheduler(
-        Policy.SPACE_TIME, max_batch_size=1, max_queue_delay_s=0.5, strict_shares=True
-    )
+def test_what_finds_no_place_in_the_step_ends_a_wait_for_company():
+    scheduler = one_lane(tenants="abcd", max_queue_delay_s=0.5)
+    scheduler.handle(Install("other", (1,), {"d": (0,)}))
+    scheduler.handle(Ready("other", Bucket((1,), 1), 0.2))
+    submit(scheduler, 0, "a", now_s=1.0)
+    assert scheduler.decide(1.0).wait_until_s == 1.5
+    submit(scheduler, 1, "b", now_s=1.0)
+    assert not scheduler.is_news("b", None)
+    assert scheduler.is_news("a", None)  # a second one
+    assert scheduler.is_news("d", None)  # of another lane
+    assert scheduler.is_news("b", 1.69)  # its step could be that lane's
+    assert not scheduler.is_news("b", 1.71)
+
+
+def strict(**options):
+    """Return a scheduler with strict shares, where others are about."""
+    options |= {"max_batch_size": 1, "strict_shares": True}
+    scheduler = Scheduler(Policy.SPACE_TIME, max_queue_delay_s=0.5, **options)
     for name in "abc":
         scheduler.handle(Join(name))
     scheduler.handle(Install("all", (32,), dict.fromkeys("abc", (0,))))
     for slots, step_s in STEP_S.items():
         scheduler.handle(Ready("all", Bucket((slots,), 1), step_s))
-    submit(scheduler, 1000, "b")  # so that others are about
+    submit(scheduler, 1000, "b")
     assert scheduler.decide(0.0).wait_until_s == 0.5
     assert served(scheduler.decide(0.5)) == [("b", (1000,))]
+    return scheduler
+
+
+def flood(scheduler, now_s):
+    """Have tenant a ask for far more than its share, and served until it is beyond."""
     for request in range(100):
-        submit(scheduler, request, "a", now_s=0.5)
-    while served(scheduler.decide(0.5)):
-        pass  # until it is beyond its share, and then has had a step of its own
+        submit(scheduler, request, "a", now_s=now_s)
+    while served(scheduler.decide(now_s)):
+        pass  # until it has had a step of its own
     assert 0 < len(scheduler.queued("a")) < 90
+
+
+def test_a_flood_s_backlog_does_not_end_a_wait_for_company():
+    scheduler = strict()
+    flood(scheduler, 0.5)
     submit(scheduler, 1001, "b", now_s=0.6)
     assert scheduler.decide(0.6).wait_until_s == 1.1
     assert not scheduler.is_news("c", None)
     chunks = served(scheduler.decide(1.1))
     assert chunks[0] == ("b", (1001,))
     assert {name for name, _ in chunks[1:]} <= {"a"}
+
+
+def test_nobody_who_has_a_claim_waits_for_others_company():
+    scheduler = strict()
+    for request in range(30):
+        submit(scheduler, request, "a", now_s=0.6)
+    submit(scheduler, 1001, "b", now_s=0.6)
+    assert {name for name, _ in served(scheduler.decide(0.6))} == {"a", "b"}
+    submit(scheduler, 1002, "b", now_s=3.0)  # a third of the time was a's own since
+    assert {name for name, _ in served(scheduler.decide(3.0))} == {"a", "b"}
+
+
+def test_a_wait_ends_as_soon_as_who_was_beyond_its_share_has_a_claim_again():
+    scheduler = strict()
+    flood(scheduler, 0.5)
+    submit(scheduler, 1001, "b", now_s=2.3)
+    claim_s = scheduler.decide(2.3).wait_until_s
+    assert claim_s == pytest.approx(2.6)
+    assert not served(scheduler.decide(claim_s - 1e-3))
+    assert {name for name, _ in served(scheduler.decide(claim_s + 1e-6))} == {"a", "b"}
+
+
+@pytest.mark.parametrize("deadline_s", [None, 1e12])
+def test_a_wait_may_be_without_end(deadline_s):
+    jobs = [affine_job(name) for name in "ab"]
+    with serve(*jobs, max_queue_delay_s=float("inf"), device=FakeDevice()) as engine:
+        first = engine.submit("a", ROW, deadline_s=deadline_s)
+        with pytest.raises(TimeoutError):
+            first.result(0.1)
+        engine.infer("b", ROW, timeout_s=60)  # all slots are taken
+        np.testing.assert_array_equal(first.result(60), ROW * 3)
+        assert engine.health().restarts == 0

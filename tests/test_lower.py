@@ -328,7 +328,7 @@ def test_a_scan_of_several_steps_a_turn_answers_as_one_of_one(
         )
 
 
-def test_a_scan_whose_steps_are_long_or_have_loops_keeps_its_turns():
+def test_a_scan_whose_steps_are_long_or_have_loops_or_branches_keeps_its_turns():
     def long(w, x):
         def step(h, _):
             for _ in range(9):
@@ -340,9 +340,25 @@ def test_a_scan_whose_steps_are_long_or_have_loops_keeps_its_turns():
     def nested(w, x):
         return lax.scan(lambda h, _: (h + scanned({"w": w}, h)[0], None), x, length=20)
 
+    def branched(w, x):
+        def step(h, t):
+            inner = lambda h: scanned({"w": w}, h)[0] + h  # noqa: E731
+            return lax.cond(t % 4 == 0, inner, jnp.tanh, h), None
+
+        return lax.scan(step, x, np.arange(20))
+
+    def wordy(w, x):
+        def step(h, _):
+            y = h @ w
+            for i in range(300):
+                y = y * jnp.float32(1 + i) + h
+            return y, None
+
+        return lax.scan(step, x, length=20)
+
     w, x = np.ones((4, 4), np.float32), np.ones((5, 4), np.float32)
     cost = RECORDS["h200"]
-    for apply_fn in (long, nested):
+    for apply_fn in (long, nested, branched, wordy):
         op = op_of(apply_fn, w, x)
         flags = [True] * len(op.in_specs)
         options = {"num_slots": 2, "rows": 1, "cost": cost, "mode": "auto"}

@@ -213,6 +213,19 @@ def test_tenants_that_come_all_at_once_share_the_slots_that_fit():
             )
 
 
+def test_weights_travel_while_another_request_waits_for_company():
+    engine, _ = crowded(6, max_queue_delay_s=30.0)
+    with engine:
+        here, *_ = residents(engine)
+        away = next(f"t{i}" for i in range(6) if f"t{i}" not in residents(engine))
+        waiting = engine.submit(here, ROW)
+        with engine._server.lock:  # decided: to wait
+            pass
+        engine.submit(away, ROW)
+        wait_for(lambda: not engine._server.tenants[away].is_on_host)
+        assert not waiting.done()
+
+
 @pytest.mark.parametrize("drain", [True, False])
 def test_closing_ends_what_waits_for_a_slot(drain):
     engine, device = crowded(8)

@@ -183,8 +183,11 @@ def test_memory_for_a_sibling_is_enough_though_none_is_there_for_twice_the_slots
     with full(FakeDevice(), max_device_bytes=int(4.9 * size) + 200) as engine:
         engine.add(job(2)).result(60)
         assert set(engine._server.lanes) == {"all", "all##1"}
-        assert not engine._server.tenants["t2"].is_on_host
-        assert_all_answer(engine, range(3))
+        engine.add(job(3)).result(60)  # there is none for another one, but it has room
+        assert not any(t.is_on_host for t in engine._server.tenants.values())
+        engine.add(job(4)).result(60)
+        assert engine._server.tenants["t4"].is_on_host
+        assert_all_answer(engine, range(5))
 
 
 def test_a_sibling_that_lost_its_weights_is_built_anew():

@@ -217,8 +217,11 @@ def lower_plan(plan: Plan, mode: str) -> Plan:
         ops = [plan.species[s].trace.ops[i] for s, i in node.members]
         if not ops[0].is_heavy:
             continue
-        name = "native"
-        if node.body is None:
+        if node.body is not None:  # of several species
+            asked = min(op.params["unroll"] for op in ops)
+            is_longer = unroll_of(ops, plan.cost, mode) > asked
+            name = "turns" if is_longer else "native"
+        else:
             name = choose(
                 _rules.widen(ops),
                 [True] * len(ops[0].inputs),
