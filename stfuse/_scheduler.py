@@ -256,7 +256,7 @@ class Scheduler:
         assert lane is not None
         bucket, chunks = found
         times = lane.ready[bucket]
-        # One slot may have more rows yet, and several more of those who are in them.
+        # Where a step has one slot, company is more rows in it; else more slots.
         is_full = len(chunks) >= lane.slots and (
             lane.slots > 1 or chunks[0].rows >= lane.rows
         )
