@@ -169,8 +169,8 @@ def test_all_lengths_of_a_job_read_one_bank_of_casts():
 
 def test_more_tenants_than_slots_travel_as_casts():
     kept = 2 * sum(x.size for x in jax.tree.leaves(weights_of(16, 0)))
-    # Not for 8 slots more: steps take 16, for they cast back before CPUs multiply.
-    device = FakeDevice(memory_limit_bytes=24 * kept)
+    # Not for 4 slots more: steps take 16, for they cast back before CPUs multiply.
+    device = FakeDevice(memory_limit_bytes=23 * kept)
     jobs = [net(f"t{i}", i) for i in range(8)]
     engine = stfuse.Engine(device=device, max_batch_size=1, max_slots=4)
     with engine:
