@@ -203,9 +203,10 @@ class Admission:
             before = max(before - bool(own[0]), 0)
             turns = own[1] // (pace.rows * spare) + before // slots
             if shares is not None:
-                own_slots, per_step = own[1] // pace.rows, pace.step_s / pace.slot_s
-                beyond = shares.turns(tenant.name, own_slots, per_step, event.now_s)
-                turns = max(turns, beyond)
+                name, own_slots = tenant.name, own[1] // pace.rows
+                full_slots, now_s = pace.step_s / pace.slot_s, event.now_s
+                steps = shares.steps_until(name, own_slots, full_slots, now_s)
+                turns = max(turns, steps)
         return pace.busy_s(event.now_s) + turns * pace.step_s
 
 

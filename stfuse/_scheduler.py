@@ -348,9 +348,7 @@ class Scheduler:
         if end_s <= now_s:
             return now_s
         served = frozenset([c.tenant for c in chunks if not claims or claims[c.tenant]])
-        longest_s = max(
-            [t.p99_s for each in self._lanes.values() for t in each.ready.values()]
-        )
+        longest_s = max([each.p99_s for each in lane.ready.values()])
         enough = num + lane.slots - len(chunks)
         self._company.expect(mates[0].lane, served, enough, end_s + longest_s)
         return min(end_s, self._queues.next_deadline_s())

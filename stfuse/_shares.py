@@ -17,9 +17,9 @@ from stfuse._types import Bucket, Chunk
 
 _BURST = 8.0  # slots, where shares are equal: so many at once are nobody's flood
 _RECENT_S = 1.0  # others count as here so long after they were served
-_STEPS = 32  # lately
 _SHORT = 1.25  # times the shortest step: what a step may take that serves no other
 _REST = 16.0  # times as long as it took until the next one of those
+_LATELY = 32  # steps: over so many it is averaged what a tenant got
 
 
 @dataclass(slots=True)
@@ -121,13 +121,17 @@ class Shares:
         }
         return not self._recent.keys() <= {tenant.name for tenant in tenants}
 
-    def turns(self, name: str, slots: int, per_step: float, now_s: float) -> int:
-        """Return how many steps it takes until a tenant had so many slots, about.
+    def steps_until(
+        self, name: str, slots: int, full_slots: float, now_s: float
+    ) -> int:
+        """Return about how many steps it takes until a tenant had so many slots.
+
+        0 while nobody else is about: then it is not held back.
 
         Args:
             name: the tenant's.
             slots: that it waits for; a burst of them counts for nothing.
-            per_step: slots of a full step that take as long as a step does.
+            full_slots: slots of a full step that take as long as a step lately does.
             now_s: the time.
         """
         account, since_s = self._accounts[name], now_s - _RECENT_S
@@ -136,7 +140,7 @@ class Shares:
         others = (at_s for of, at_s in self._recent.items() if of != name)
         if not any(at_s > since_s for at_s in others):
             return 0
-        gets = account.per_step + account.share * per_step
+        gets = account.per_step + account.share * full_slots
         return int((slots - account.burst) / gets)
 
     def turn(
@@ -189,7 +193,7 @@ class Shares:
             account, had = self._accounts[name], 0
             for chunk in chunks:
                 had += chunk.tenant == name
-            account.per_step += (had - account.per_step) / _STEPS
+            account.per_step += (had - account.per_step) / _LATELY
         if not any([claims[chunk.tenant] for chunk in chunks]):
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 

@@ -18,9 +18,9 @@ from typing import Any
 
 QUICK_S = 5e-4  # what a switch costs is some 10 us
 LONG_S = 2e-3
-_LOOK = 16  # launches, of which half
-_USED_UP = 0.75  # had to wait for so much of a turn, or somebody uses them up
-_SHORT_FOR_S = (1.0, 64.0)  # at first, and at most, each time twice as long
+_LOOK = 16  # launches; somebody uses turns up if half of them waited for so much of one
+_USED_UP = 0.75
+_SHORT_FOR_S = (1.0, 64.0)  # then turns are short for so long: at first, and at most
 # Who is refused rests so long before it hears of it: a thread that asked again at once
 # would take the interpreter from those who serve the others.
 REFUSED_S = 1e-4
@@ -43,20 +43,12 @@ class Turns:
         self._asked_s: list[float] = []
         self._before_s = self._own_s = 0.0
 
-    @contextlib.contextmanager
-    def at_most(self, seconds: float | None) -> Iterator[None]:
+    def at_most(self, seconds: float | None) -> contextlib.AbstractContextManager[None]:
         """Let no turn take longer while within; None to leave them alone."""
-        if seconds is None:
-            yield
-            return
-        self.ask(seconds)
-        try:
-            yield
-        finally:
-            self.ask(None, seconds)
+        return OwnTurns(seconds, turns=self).held()
 
     def ask(self, seconds: float | None, before: float | None = None) -> None:
-        """Ask for turns of some seconds, in place of others; None is nothing."""
+        """Ask for turns of some seconds in place of those asked for before, or None."""
         with self._lock:
             if not self._asked_s:
                 self._before_s = self._own_s = sys.getswitchinterval()
@@ -126,7 +118,12 @@ class OwnTurns:
         self.waited(now_s - start_s - ran_s, now_s)
 
     def waited(self, seconds: float, now_s: float) -> None:
-        """Take note of how long a launch waited, and choose."""
+        """Take note of how long a launch waited for the interpreter, and choose.
+
+        Args:
+            seconds: that it waited.
+            now_s: the time, seconds of any clock.
+        """
         if self.seconds == QUICK_S:
             if now_s >= self._short_until_s:
                 self._choose(LONG_S)

@@ -43,14 +43,15 @@ def test_what_fills_the_step_or_is_urgent_ends_a_wait_for_company():
 def test_what_finds_no_place_in_the_step_ends_a_wait_for_company():
     scheduler = one_lane(tenants="abcd", max_queue_delay_s=0.5)
     scheduler.handle(Install("other", (1,), {"d": (0,)}))
-    scheduler.handle(Ready("other", Bucket((1,), 1), 0.2))
+    scheduler.handle(Ready("other", Bucket((1,), 1), 0.01))
+    scheduler.handle(Ready("all", Bucket((4,), 2), 0.2))
     submit(scheduler, 0, "a", now_s=1.0)
     assert scheduler.decide(1.0).wait_until_s == 1.5
     submit(scheduler, 1, "b", now_s=1.0)
     assert not scheduler.is_news("b", None)
     assert scheduler.is_news("a", None)  # a second one
     assert scheduler.is_news("d", None)  # of another lane
-    assert scheduler.is_news("b", 1.69)  # its step could be that lane's
+    assert scheduler.is_news("b", 1.69)  # its step could be as long as that
     assert not scheduler.is_news("b", 1.71)
 
 

@@ -170,17 +170,17 @@ def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
 def test_how_long_a_backlog_takes_is_told_by_what_its_tenant_got_lately():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
     both = [*map(waiting, "ab")]
-    assert shares.turns("a", 100, 10.0, 0.0) == 0  # nobody else is about
+    assert shares.steps_until("a", 100, 10.0, 0.0) == 0  # nobody else is about
     claims = shares.claims(both, all_of, 0.0)
     of_b, of_a = Chunk("b", (), 1, 0, 0), Chunk("a", (), 1, 0, 0)
     shares.spend([of_b, *[of_a] * 9], claims, all_of, ONE, 0.0)
-    assert shares.turns("a", 8, 10.0, 0.0) == 0  # a burst
+    assert shares.steps_until("a", 8, 10.0, 0.0) == 0  # a burst
     # Two slots of a step, and half of what a full step would have in its time.
-    assert shares.turns("a", 8 + 70, 10.0, 0.0) == 10
+    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == 10
     for _ in range(200):  # others leave it nothing
         shares.spend([of_b], {"a": 0, "b": 8}, all_of, ONE, 0.0)
-    assert shares.turns("a", 8 + 70, 10.0, 0.0) == pytest.approx(14, abs=1)
-    assert shares.turns("a", 8 + 70, 10.0, 2.0) == 0  # nobody is about any more
+    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == pytest.approx(14, abs=1)
+    assert shares.steps_until("a", 8 + 70, 10.0, 2.0) == 0  # nobody is about any more
 
 
 def test_what_a_flood_cannot_have_in_time_is_refused_and_nothing_lost_by_it(seed):
