@@ -34,10 +34,11 @@ def softmax_job(name, width, dtype=np.float32):
     return stfuse.Job(name, lambda p, x: jax.nn.log_softmax(x * p), dtype(0.5), inputs)
 
 
-def gelu_job(name, width):
+def gelu_job(name, width, dtype=np.float32):
     rng = np.random.default_rng(width)
-    params = rng.normal(size=(5, width)).astype("f"), rng.normal(size=width).astype("f")
-    inputs = jax.ShapeDtypeStruct((1, 4, 5), np.float32)
+    drawn = rng.normal(size=(5, width)), rng.normal(size=width)
+    params = tuple(x.astype(dtype) for x in drawn)
+    inputs = jax.ShapeDtypeStruct((1, 4, 5), dtype)
 
     def apply_fn(p, x):
         y = jax.nn.gelu(x @ p[0] + p[1], approximate=False)
@@ -114,6 +115,19 @@ GROUPS = {
     "equal_attention": lambda: [
         attention_job("a", 5, 2, 4),
         attention_job("b", 5, 2, 4, seed=1),
+    ],
+    "half_gelus": lambda: [
+        gelu_job("a", 6, jnp.bfloat16),
+        gelu_job("b", 9, jnp.bfloat16),
+    ],
+    "long_gelus": lambda: [gelu_job("a", 600), gelu_job("b", 1500)],
+    "long_attention": lambda: [
+        attention_job("a", 70, 2, 3),
+        attention_job("b", 100, 3, 2),
+    ],
+    "equal_long_attention": lambda: [
+        attention_job("a", 100, 2, 4),
+        attention_job("b", 100, 2, 4, seed=1),
     ],
     "half_attention": lambda: [
         attention_job("a", 5, 2, 3, jnp.bfloat16),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 import stfuse
 from stfuse import _regions
@@ -92,10 +93,12 @@ def test_every_launch_is_run_once_and_after_what_it_reads(batch):
     assert count == sum(len(node.members) for node in nodes)
 
 
-@given(programs.batches())
+@given(programs.batches(), st.sampled_from([1024, 2]))
 @SLOW
-def test_random_programs_answer_as_alone_in_regions(batch):
+def test_random_programs_answer_as_alone_in_regions(batch, tile):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_build, "_TILES", (tile,))
+        patch.setattr(_build, "_TILES_OF_PRODUCT", (tile,))
         patch.setattr(_regions, "are_used", lambda cost, mode: True)
         patch.setattr(_regions, "is_anchor", lambda programs, node: True)
         test_programs.check_answers(batch)
@@ -121,6 +124,13 @@ def test_error_functions_are_as_good_as_the_compilers():
 
         assert worst(ours) <= 1.5 * worst(theirs)
         assert np.isnan(ours(x)[-1])
+
+
+def test_the_quick_error_function_is_exact_as_far_as_short_floats_tell():
+    x = np.concatenate([np.linspace(-9, 9, 4001), [0, np.inf, -np.inf, np.nan]])
+    y = np.asarray(_arithmetic.quick_erfc(jnp.asarray(x, jnp.float32)), float)
+    expected = [math.erfc(v) for v in x.astype(np.float32)]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-36)
 
 
 def test_the_larger_of_a_nan_is_nan():

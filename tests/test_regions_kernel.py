@@ -72,7 +72,23 @@ def test_what_a_region_computes_is_what_each_job_gets_alone(group, computed):
     assert_alone(jobs, outs, requests)
 
 
-@pytest.mark.parametrize("group", ["norms", "attention_of_unlike", "extremes"])
+@pytest.mark.parametrize(
+    ("group", "tiles"),
+    [("long_gelus", [3]), ("long_attention", [2]), ("equal_long_attention", [2])],
+)
+def test_programs_have_tiles_of_a_long_axis_that_nothing_needs_whole(
+    group, tiles, computed
+):
+    jobs = jobs_of(group)
+    fused, requests = fused_of(jobs), requests_of(jobs, [2, 1])
+    assert_alone(jobs, fused(fused.pack(), requests), requests)
+    found = [[*region.tiles.values()] for region, _, _ in computed if region.tiles]
+    assert found == [tiles]
+
+
+@pytest.mark.parametrize(
+    "group", ["norms", "attention_of_unlike", "extremes", "long_gelus"]
+)
 def test_what_a_region_leaves_is_zero_in_its_padding(group, computed):
     jobs = jobs_of(group)
     fused = fused_of(jobs)
@@ -100,7 +116,9 @@ def test_what_a_region_leaves_is_zero_in_its_padding(group, computed):
                 assert not row.any()
 
 
-@pytest.mark.parametrize("group", ["norms", "attention", "extremes", "softmaxes"])
+@pytest.mark.parametrize(
+    "group", ["norms", "attention", "extremes", "softmaxes", "long_attention"]
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_with_its_job(group, bad, computed):
     jobs = jobs_of(group)

@@ -44,7 +44,7 @@ def elementwise(op: Op, operands: Sequence[Any]) -> Any:
         operands = [x.astype(jnp.float32) for x in operands]
     if op.name in ("erf", "erfc"):
         (x,) = operands
-        y = erfc(x) if op.name == "erfc" else erf(x)
+        y = erf(x) if op.name == "erf" else (quick_erfc if is_short else erfc)(x)
     elif op.name in ("max", "min"):
         y = extreme(op.name, *operands)
     elif op.name == "add_any":
@@ -74,6 +74,9 @@ _ERFC = (2.32681997e-2, -1.38703939e-1, 3.68742467e-1, -5.82473303e-1, 6.2100046
 _ERFC += (-4.94451532e-1, 3.40487994e-1, -2.74112703e-1, 5.63825943e-1)
 _ERFC_FAR = (-1.04776640e1, 1.29771996e1, -7.49551872, 2.92101902, -1.01526528)
 _ERFC_FAR += (4.21846336e-1, -2.82076744e-1, 5.64189507e-1)
+# Source: Press et al., Numerical Recipes, erfcc: log(erfc(x) / t) + x^2 in t.
+_QUICK = (1.7087277e-1, -8.2215223e-1, 1.48851587, -1.13520398, 2.7886807e-1)
+_QUICK += (-1.8628806e-1, 9.678418e-2, 3.7409196e-1, 1.00002368, -1.26551223)
 
 
 def _polynomial(coefficients: Sequence[float], x: Any) -> Any:
@@ -93,6 +96,14 @@ def _erfc_far(x: Any) -> Any:
     inverse = 1.0 / square
     near, far = _polynomial(_ERFC, inverse), _polynomial(_ERFC_FAR, inverse)
     return jnp.exp(-square) / x * jnp.where(x < 2.0, near, far)
+
+
+def quick_erfc(x: Any) -> Any:
+    """Return erfc to some 1e-6 of itself, in half of what `erfc` takes."""
+    size = jnp.abs(x)
+    t = 1.0 / (1.0 + 0.5 * size)
+    y = t * jnp.exp(_polynomial(_QUICK, t) - size * size)
+    return jnp.where(x < 0.0, 2.0 - y, y)
 
 
 def erfc(x: Any) -> Any:

@@ -39,7 +39,7 @@ class Here:
     Attributes:
         region: what it computes.
         true: per label, the slot's own size.
-        at: per grid label, the place.
+        at: per grid label, the place; per label in tiles, which of them.
     """
 
     region: Region
@@ -51,17 +51,24 @@ class Here:
 
     def _place(self, label: int, value: Value) -> Any:
         """Return the places along a label, spread over a value's block."""
-        if label in self.at:
+        if label not in self.region.extents:
             return self.at[label]
-        dims = block(self.region, value)
-        shape = tuple(self.region.extents[x] for x in dims)
-        return lax.broadcasted_iota(np.int32, shape, dims.index(label))
+        dims, shape = block(self.region, value), self._shape(value)
+        places = lax.broadcasted_iota(np.int32, shape, dims.index(label))
+        if label in self.region.tiles:
+            places = places + self.at[label] * self.region.extents[label]
+        return places
+
+    def _end(self, label: int) -> int:
+        """Return how many places of a label all programs together have."""
+        region = self.region
+        if label not in region.extents:
+            return max(region.labels.sizes[label])
+        return region.extents[label] * region.tiles.get(label, 1)
 
     def _is_short(self, label: int) -> bool:
         """Return whether a program may have places beyond a label's true size."""
-        sizes = self.region.labels.sizes[label]
-        end = self.region.extents.get(label, max(sizes))
-        return set(sizes) != {end}
+        return set(self.region.labels.sizes[label]) != {self._end(label)}
 
     def inside(self, value: Value, labels: Sequence[int]) -> Any:
         """Return which places are true data along some labels; None is all."""
@@ -76,7 +83,7 @@ class Here:
         found = None
         for x in labels:
             end = max(self.region.labels.sizes[x])
-            if self.region.extents.get(x, end) > end:
+            if self._end(x) > end:
                 found = _tiles.both(found, self._place(x, value) < end)
         return found
 
@@ -149,8 +156,7 @@ class Here:
         place: Any = 0
         true: Any = 1
         for x in self.region.labels.leaves(label):
-            extent = self.region.extents.get(x, max(self.region.labels.sizes[x]))
-            place = place * extent + self._place(x, value)
+            place = place * self._end(x) + self._place(x, value)
             true = true * self.true[x]
         mask = _tiles.both(once, _tiles.both(place >= true, place < shape[axis]))
         at: Any = first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ from stfuse._regions._record import (
 from stfuse._rules._shape import factor_groups
 
 Readers = Mapping[tuple[int, int], set[int]]
+
+_TILES = (1024, 512)  # places of an axis that a program has; the first is preferred
+_TILES_OF_PRODUCT = (64,)  # of a product's rows
 
 
 def label(
@@ -161,8 +165,38 @@ class _Build:
             extents,
             tuple(sorted(used - extents.keys())),
         )
+        region = _tiled(region)
         _check(region)
         return region
+
+
+def _tiled(region: Region) -> Region:
+    """Return a region whose longest axis that nothing needs whole is cut into tiles."""
+    free = [x for x in region.extents if _is_free(region, x)]
+    if not free:
+        return region
+    longest = max(free, key=lambda x: region.extents[x])
+    most = max(region.labels.sizes[longest])
+    has_product = any(step.ops[0].name == PRODUCT for step in region.steps)
+    # What covers it with the fewest places too many.
+    sizes = _TILES_OF_PRODUCT if has_product else _TILES
+    tile = min(sizes, key=lambda size: -(-most // size) * size)
+    if region.extents[longest] <= tile:
+        return region
+    extents = {**region.extents, longest: tile}
+    return replace(region, extents=extents, tiles={longest: -(-most // tile)})
+
+
+def _is_free(region: Region, label: int) -> bool:
+    """Return whether programs may have a part of a label each, and repeat no work."""
+    for value in region.values:
+        for axis in value.axes:
+            parts = region.labels.leaves(axis)
+            if label in parts and len(parts) > 1:
+                return False
+    heavy = [s for s in region.steps if s.ops[0].name in (*REDUCTIONS, PRODUCT)]
+    needed = {*region.outputs, *(step.output for step in heavy)}
+    return all(label in leaves(region, region.values[i]) for i in needed)
 
 
 def _check(region: Region) -> None:

@@ -1,7 +1,8 @@
 """A region as one kernel: what is loaded, computed and stored by one program.
 
-A program computes one place of every grid label, for one row of one slot. What it reads
-is zero where it is padding; what it leaves is zero there too. Heads are read and
+A program computes one place of every grid label, or one tile of a label that is cut
+into tiles, for one row of one slot. What it reads is zero where it is padding; what it
+leaves is zero there too. Heads are read and
 written where they stand: the place of a feature of a head follows from the job's own
 number of features.
 
@@ -127,7 +128,7 @@ class _Kernel:
             jax.ShapeDtypeStruct((num_slots * num_rows * math.prod(s),), stored(dtype))
             for s, dtype in zip(self.out_shapes, dtypes, strict=True)
         ]
-        grid = tuple(max(region.labels.sizes[x]) for x in reversed(region.grid))
+        grid = tuple(reversed(self._num_programs().values()))
         options = {"num_warps": self._num_warps(), "num_stages": 1}
         found = pl.pallas_call(
             functools.partial(self._program, has_rows, num_rows),
@@ -188,6 +189,12 @@ class _Kernel:
         labels = (*self.region.extents, *self.region.grid)
         return [x for x in labels if len(set(self.region.labels.sizes[x])) > 1]
 
+    def _num_programs(self) -> dict[int, int]:
+        """Return how many programs there are along each grid label and tiled label."""
+        labels = self.region.labels
+        each = {x: max(labels.sizes[x]) for x in self.region.grid}
+        return {**each, **self.region.tiles}
+
     def _num_warps(self) -> int:
         values = self.region.values
         most = max(
@@ -204,13 +211,11 @@ class _Kernel:
         from jax.experimental import pallas as pl
 
         region, num = self.region, self.region.num_inputs
-        num_grid = len(region.grid)
-        slot = pl.program_id(num_grid + 1)
-        row = pl.program_id(num_grid)
+        labels = list(reversed(self._num_programs()))
+        slot = pl.program_id(len(labels) + 1)
+        row = pl.program_id(len(labels))
         true, tables = self._sizes_of(slot, sizes_ref)
-        at: Places = {
-            x: pl.program_id(num_grid - 1 - i) for i, x in enumerate(region.grid)
-        }
+        at: Places = {x: pl.program_id(i) for i, x in enumerate(labels)}
         here = Here(region, true, at)
         values: dict[int, Any] = {}
         for i, value in enumerate(region.values[:num]):
