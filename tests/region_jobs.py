@@ -120,7 +120,6 @@ GROUPS = {
         gelu_job("a", 6, jnp.bfloat16),
         gelu_job("b", 9, jnp.bfloat16),
     ],
-    "long_gelus": lambda: [gelu_job("a", 600), gelu_job("b", 1500)],
     "long_attention": lambda: [
         attention_job("a", 70, 2, 3),
         attention_job("b", 100, 3, 2),

@@ -93,12 +93,11 @@ def test_every_launch_is_run_once_and_after_what_it_reads(batch):
     assert count == sum(len(node.members) for node in nodes)
 
 
-@given(programs.batches(), st.sampled_from([1024, 2]))
+@given(programs.batches(), st.sampled_from([64, 2]))
 @SLOW
 def test_random_programs_answer_as_alone_in_regions(batch, tile):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_build, "_TILES", (tile,))
-        patch.setattr(_build, "_TILES_OF_PRODUCT", (tile,))
+        patch.setattr(_build, "_TILE", tile)
         patch.setattr(_regions, "are_used", lambda cost, mode: True)
         patch.setattr(_regions, "is_anchor", lambda programs, node: True)
         test_programs.check_answers(batch)

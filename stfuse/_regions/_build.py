@@ -29,8 +29,7 @@ from stfuse._rules._shape import factor_groups
 
 Readers = Mapping[tuple[int, int], set[int]]
 
-_TILES = (1024, 512)  # places of an axis that a program has; the first is preferred
-_TILES_OF_PRODUCT = (64,)  # of a product's rows
+_TILE = 64  # of a product's rows, or columns
 
 
 def label(
@@ -171,20 +170,18 @@ class _Build:
 
 
 def _tiled(region: Region) -> Region:
-    """Return a region whose longest axis that nothing needs whole is cut into tiles."""
+    """Return a region with the longest axis that no product needs whole in tiles."""
+    if not any(step.ops[0].name == PRODUCT for step in region.steps):
+        return region
     free = [x for x in region.extents if _is_free(region, x)]
     if not free:
         return region
     longest = max(free, key=lambda x: region.extents[x])
-    most = max(region.labels.sizes[longest])
-    has_product = any(step.ops[0].name == PRODUCT for step in region.steps)
-    # What covers it with the fewest places too many.
-    sizes = _TILES_OF_PRODUCT if has_product else _TILES
-    tile = min(sizes, key=lambda size: -(-most // size) * size)
-    if region.extents[longest] <= tile:
+    num = -(-max(region.labels.sizes[longest]) // _TILE)
+    if num == 1:
         return region
-    extents = {**region.extents, longest: tile}
-    return replace(region, extents=extents, tiles={longest: -(-most // tile)})
+    extents = {**region.extents, longest: _TILE}
+    return replace(region, extents=extents, tiles={longest: num})
 
 
 def _is_free(region: Region, label: int) -> bool:

@@ -14,7 +14,6 @@ from stfuse._program import Literal, Op, Trace
 from stfuse._regions._record import (
     ELEMENTWISE,
     LONG,
-    MOST_ELEMENTS,
     MOST_OF_PRODUCT,
     PRODUCT,
     REDUCTIONS,
@@ -72,7 +71,7 @@ def _is_small_product(program: Trace, op: Op) -> bool:
         sizes.append(math.prod(_tiles.power(spec.shape[a]) for a in free))
         sizes.append(math.prod(_tiles.power(spec.shape[a]) for a in gone))
     m, k, n, _ = sizes
-    return max(m, n) <= MOST_OF_PRODUCT and max(m * k, k * n) <= MOST_ELEMENTS
+    return max(m, n) <= MOST_OF_PRODUCT and k * max(m, n) <= MOST_OF_PRODUCT**2
 
 
 class Groups:
