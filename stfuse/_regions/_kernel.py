@@ -27,7 +27,7 @@ from jax import lax
 
 from stfuse._lower import _tiles
 from stfuse._regions._block import Here, Places, stored
-from stfuse._regions._record import Place, Region, block
+from stfuse._regions._record import PRODUCT, Place, Region, block
 
 
 def run(
@@ -202,7 +202,9 @@ class _Kernel:
             for v in values
         )
         # A row of 512 in four warps takes 2 us where it takes 3 in one.
-        return min(max(_tiles.power(most // 128), 1), 4 if most <= 4096 else 8)
+        has_product = any(step.ops[0].name == PRODUCT for step in self.region.steps)
+        most_warps = 4 if most <= 4096 or has_product else 8
+        return min(max(_tiles.power(most // 128), 1), most_warps)
 
     def _program(
         self, has_rows: tuple[bool, ...], num_rows: int, sizes_ref: Any, *refs: Any
