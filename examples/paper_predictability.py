@@ -39,7 +39,6 @@ from examples.paper_models import dtype_here, known
 WAYS = ("time", "space", "in turn", "space-time")
 POLICIES = {"in turn": "time", "space-time": "space-time", "exclusive": "exclusive"}
 MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
-COMPANY_S = 2e-3  # a fused step waits for it: steps cost the clients' interpreter most
 LOADS = (0.5, 0.7, 0.9)
 # Times as long as capacity; else 2. Medians differ by chance: 16 tenants' by 2% here.
 LONG = {"load 0.7": 12}
@@ -289,7 +288,6 @@ def serving(part: Part, way: str, fleet: Fleet, model: str) -> Iterator[Way | No
     if way in POLICIES:
         options = {"policy": POLICIES[way], "max_batch_size": MAX_BATCH_SIZE}
         options |= {"max_slots": num, "strict_shares": True}  # all weigh the same
-        options["max_queue_delay_s"] = COMPANY_S * (way == "space-time")
         with fleets.serve(fleet.jobs, **options) as engine:
             yield InEngine(engine, fleet)
         return
@@ -345,10 +343,11 @@ def measure_way(
                 rate = found["per_s"]
                 one = functools.partial(abused, server, rate, num, seconds, rounds)
             else:
-                if what == "common rate":
-                    rate = common(part, base)
-                else:
-                    rate = float(what.removeprefix("load ")) * found["per_s"]
+                share = what.removeprefix("load ")
+                is_common = what == "common rate"
+                rate = (
+                    common(part, base) if is_common else float(share) * found["per_s"]
+                )
                 times = 2 if part.is_small else LONG.get(what, 2)
                 one = functools.partial(loaded, server, rate, num, times * seconds)
             part.measure({**key, "what": what}, one)

@@ -124,10 +124,6 @@ GROUPS = {
         attention_job("a", 70, 2, 3),
         attention_job("b", 100, 3, 2),
     ],
-    "equal_long_attention": lambda: [
-        attention_job("a", 100, 2, 4),
-        attention_job("b", 100, 2, 4, seed=1),
-    ],
     "half_attention": lambda: [
         attention_job("a", 5, 2, 3, jnp.bfloat16),
         attention_job("b", 5, 3, 2, jnp.bfloat16),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 import stfuse
 from stfuse import _regions
@@ -40,6 +39,13 @@ def test_attention_is_one_region_without_its_products_with_weights():
     assert names[-1] == "reshape"  # heads are put together again
     assert kinds.count(Siblings) == 1  # q, k and v
     assert kinds.index(Siblings) < kinds.index(Region)
+
+
+def test_attention_over_128_tokens_is_one_region():
+    jobs = [attention_job("a", 128, 1, 64), attention_job("b", 128, 1, 64, seed=1)]
+    _, _, order = _scheduled(fused_of(jobs))
+    (region,) = [item for item in order if isinstance(item, Region)]
+    assert names_of(region).count("dot_general") == 2
 
 
 def test_norms_of_one_width_are_left_to_the_compiler():
@@ -93,11 +99,10 @@ def test_every_launch_is_run_once_and_after_what_it_reads(batch):
     assert count == sum(len(node.members) for node in nodes)
 
 
-@given(programs.batches(), st.sampled_from([64, 2]))
+@given(programs.batches())
 @SLOW
-def test_random_programs_answer_as_alone_in_regions(batch, tile):
+def test_random_programs_answer_as_alone_in_regions(batch):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_build, "_TILE", tile)
         patch.setattr(_regions, "are_used", lambda cost, mode: True)
         patch.setattr(_regions, "is_anchor", lambda programs, node: True)
         test_programs.check_answers(batch)

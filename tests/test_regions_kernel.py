@@ -72,19 +72,7 @@ def test_what_a_region_computes_is_what_each_job_gets_alone(group, computed):
     assert_alone(jobs, outs, requests)
 
 
-@pytest.mark.parametrize("group", ["long_attention", "equal_long_attention"])
-def test_programs_have_tiles_of_what_no_product_needs_whole(group, computed):
-    jobs = jobs_of(group)
-    fused, requests = fused_of(jobs), requests_of(jobs, [2, 1])
-    assert_alone(jobs, fused(fused.pack(), requests), requests)
-    found = [region for region, _, _ in computed if region.tiles]
-    assert [[*region.tiles.values()] for region in found] == [[2]]
-    assert names_of(found[0]).count("dot_general") == 2
-
-
-@pytest.mark.parametrize(
-    "group", ["norms", "attention_of_unlike", "extremes", "long_attention"]
-)
+@pytest.mark.parametrize("group", ["norms", "attention_of_unlike", "extremes"])
 def test_what_a_region_leaves_is_zero_in_its_padding(group, computed):
     jobs = jobs_of(group)
     fused = fused_of(jobs)
@@ -112,9 +100,7 @@ def test_what_a_region_leaves_is_zero_in_its_padding(group, computed):
                 assert not row.any()
 
 
-@pytest.mark.parametrize(
-    "group", ["norms", "attention", "extremes", "softmaxes", "long_attention"]
-)
+@pytest.mark.parametrize("group", ["norms", "attention", "extremes", "softmaxes"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_with_its_job(group, bad, computed):
     jobs = jobs_of(group)

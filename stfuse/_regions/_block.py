@@ -39,7 +39,7 @@ class Here:
     Attributes:
         region: what it computes.
         true: per label, the slot's own size.
-        at: per grid label, the place; per label in tiles, which of them.
+        at: per grid label, the place.
     """
 
     region: Region
@@ -51,24 +51,17 @@ class Here:
 
     def _place(self, label: int, value: Value) -> Any:
         """Return the places along a label, spread over a value's block."""
-        if label not in self.region.extents:
+        if label in self.at:
             return self.at[label]
-        dims, shape = block(self.region, value), self._shape(value)
-        places = lax.broadcasted_iota(np.int32, shape, dims.index(label))
-        if label in self.region.tiles:
-            places = places + self.at[label] * self.region.extents[label]
-        return places
-
-    def _end(self, label: int) -> int:
-        """Return how many places of a label all programs together have."""
-        region = self.region
-        if label not in region.extents:
-            return max(region.labels.sizes[label])
-        return region.extents[label] * region.tiles.get(label, 1)
+        dims = block(self.region, value)
+        shape = tuple(self.region.extents[x] for x in dims)
+        return lax.broadcasted_iota(np.int32, shape, dims.index(label))
 
     def _is_short(self, label: int) -> bool:
         """Return whether a program may have places beyond a label's true size."""
-        return set(self.region.labels.sizes[label]) != {self._end(label)}
+        sizes = self.region.labels.sizes[label]
+        end = self.region.extents.get(label, max(sizes))
+        return set(sizes) != {end}
 
     def inside(self, value: Value, labels: Sequence[int]) -> Any:
         """Return which places are true data along some labels; None is all."""
@@ -83,7 +76,7 @@ class Here:
         found = None
         for x in labels:
             end = max(self.region.labels.sizes[x])
-            if self._end(x) > end:
+            if self.region.extents.get(x, end) > end:
                 found = _tiles.both(found, self._place(x, value) < end)
         return found
 
@@ -156,7 +149,8 @@ class Here:
         place: Any = 0
         true: Any = 1
         for x in self.region.labels.leaves(label):
-            place = place * self._end(x) + self._place(x, value)
+            extent = self.region.extents.get(x, max(self.region.labels.sizes[x]))
+            place = place * extent + self._place(x, value)
             true = true * self.true[x]
         mask = _tiles.both(once, _tiles.both(place >= true, place < shape[axis]))
         at: Any = first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,6 @@ from stfuse._regions._record import (
 from stfuse._rules._shape import factor_groups
 
 Readers = Mapping[tuple[int, int], set[int]]
-
-_TILE = 64  # of a product's rows, or columns
 
 
 def label(
@@ -164,36 +161,8 @@ class _Build:
             extents,
             tuple(sorted(used - extents.keys())),
         )
-        region = _tiled(region)
         _check(region)
         return region
-
-
-def _tiled(region: Region) -> Region:
-    """Return a region with the longest axis that no product needs whole in tiles."""
-    if not any(step.ops[0].name == PRODUCT for step in region.steps):
-        return region
-    free = [x for x in region.extents if _is_free(region, x)]
-    if not free:
-        return region
-    longest = max(free, key=lambda x: region.extents[x])
-    num = -(-max(region.labels.sizes[longest]) // _TILE)
-    if num == 1:
-        return region
-    extents = {**region.extents, longest: _TILE}
-    return replace(region, extents=extents, tiles={longest: num})
-
-
-def _is_free(region: Region, label: int) -> bool:
-    """Return whether programs may have a part of a label each, and repeat no work."""
-    for value in region.values:
-        for axis in value.axes:
-            parts = region.labels.leaves(axis)
-            if label in parts and len(parts) > 1:
-                return False
-    heavy = [s for s in region.steps if s.ops[0].name in (*REDUCTIONS, PRODUCT)]
-    needed = {*region.outputs, *(step.output for step in heavy)}
-    return all(label in leaves(region, region.values[i]) for i in needed)
 
 
 def _check(region: Region) -> None:

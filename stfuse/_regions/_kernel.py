@@ -1,8 +1,7 @@
 """A region as one kernel: what is loaded, computed and stored by one program.
 
-A program computes one place of every grid label, or one tile of a label that is cut
-into tiles, for one row of one slot. What it reads is zero where it is padding; what it
-leaves is zero there too. Heads are read and
+A program computes one place of every grid label, for one row of one slot. What it reads
+is zero where it is padding; what it leaves is zero there too. Heads are read and
 written where they stand: the place of a feature of a head follows from the job's own
 number of features.
 
@@ -27,7 +26,7 @@ from jax import lax
 
 from stfuse._lower import _tiles
 from stfuse._regions._block import Here, Places, stored
-from stfuse._regions._record import PRODUCT, Place, Region, block
+from stfuse._regions._record import Place, Region, block
 
 
 def run(
@@ -128,7 +127,7 @@ class _Kernel:
             jax.ShapeDtypeStruct((num_slots * num_rows * math.prod(s),), stored(dtype))
             for s, dtype in zip(self.out_shapes, dtypes, strict=True)
         ]
-        grid = tuple(reversed(self._num_programs().values()))
+        grid = tuple(max(region.labels.sizes[x]) for x in reversed(region.grid))
         options = {"num_warps": self._num_warps(), "num_stages": 1}
         found = pl.pallas_call(
             functools.partial(self._program, has_rows, num_rows),
@@ -189,12 +188,6 @@ class _Kernel:
         labels = (*self.region.extents, *self.region.grid)
         return [x for x in labels if len(set(self.region.labels.sizes[x])) > 1]
 
-    def _num_programs(self) -> dict[int, int]:
-        """Return how many programs there are along each grid label and tiled label."""
-        labels = self.region.labels
-        each = {x: max(labels.sizes[x]) for x in self.region.grid}
-        return {**each, **self.region.tiles}
-
     def _num_warps(self) -> int:
         values = self.region.values
         most = max(
@@ -202,9 +195,7 @@ class _Kernel:
             for v in values
         )
         # A row of 512 in four warps takes 2 us where it takes 3 in one.
-        has_product = any(step.ops[0].name == PRODUCT for step in self.region.steps)
-        most_warps = 4 if most <= 4096 or has_product else 8
-        return min(max(_tiles.power(most // 128), 1), most_warps)
+        return min(max(_tiles.power(most // 128), 1), 4 if most <= 4096 else 8)
 
     def _program(
         self, has_rows: tuple[bool, ...], num_rows: int, sizes_ref: Any, *refs: Any
@@ -213,11 +204,13 @@ class _Kernel:
         from jax.experimental import pallas as pl
 
         region, num = self.region, self.region.num_inputs
-        labels = list(reversed(self._num_programs()))
-        slot = pl.program_id(len(labels) + 1)
-        row = pl.program_id(len(labels))
+        num_grid = len(region.grid)
+        slot = pl.program_id(num_grid + 1)
+        row = pl.program_id(num_grid)
         true, tables = self._sizes_of(slot, sizes_ref)
-        at: Places = {x: pl.program_id(i) for i, x in enumerate(labels)}
+        at: Places = {
+            x: pl.program_id(num_grid - 1 - i) for i, x in enumerate(region.grid)
+        }
         here = Here(region, true, at)
         values: dict[int, Any] = {}
         for i, value in enumerate(region.values[:num]):

@@ -21,8 +21,7 @@ LONG = frozenset(["erf", "erfc"])
 REDUCTIONS = frozenset(["reduce_max", "reduce_min", "reduce_sum"])
 SHAPES = frozenset(["broadcast_in_dim", "reshape", "squeeze", "transpose"])
 TYPES = frozenset("bfloat16 bool float16 float32 int32".split())
-MOST_ELEMENTS = 8192  # of a value in a program's registers
-MOST_OF_PRODUCT = 128  # rows or columns of one; a program may have a tile of the rows
+MOST_ELEMENTS = 16384  # of a value in a program's registers
 PRODUCT = "dot_general"
 
 Member = tuple[int, int | Literal]  # species, value number or literal
@@ -93,7 +92,6 @@ class Region:
         labels: what axes agree.
         extents: places of each block label in a program.
         grid: the other labels.
-        tiles: programs along a block label that each have some of its places.
     """
 
     species: tuple[int, ...]
@@ -106,7 +104,6 @@ class Region:
     labels: Labels = field(repr=False)
     extents: Mapping[int, int] = field(default_factory=dict)
     grid: tuple[int, ...] = ()
-    tiles: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +128,7 @@ def leaves(region: Region, value: Value) -> tuple[int, ...]:
 
 
 def block(region: Region, value: Value) -> tuple[int, ...]:
-    """Return the labels of a value that a program holds all or a tile of, in order."""
+    """Return the labels of a value that a program holds all of, in order."""
     return tuple(x for x in leaves(region, value) if x in region.extents)
 
 
