@@ -158,6 +158,8 @@ def apply(
     if name == "unrolled":
         return _unrolled(op, operands, is_stacked)
     axes = [0 if s else None for s in is_stacked]
+    if name == "native" and _is_level(op, operands, is_stacked):
+        return op.bind_fn(*operands)
     if name == "native":
         return jax.vmap(op.bind_fn, in_axes=axes)(*operands)
     way = _CANDIDATES[op.name][name]
@@ -169,6 +171,16 @@ def apply(
         ]
         return way.compute(op, *whole)
     return jax.vmap(lambda *xs: way.compute(op, *xs), in_axes=axes)(*operands)
+
+
+def _is_level(op: Op, operands: Sequence[Any], is_stacked: Sequence[bool]) -> bool:
+    """Return whether an op is on stacks what it is on rows: to map it takes longer."""
+    if op.name not in _rules.ELEMENTWISE:
+        return False
+    stacked = [x for x, s in zip(operands, is_stacked, strict=True) if s]
+    is_even = len({x.shape for x in stacked}) == 1
+    others = [x for x, s in zip(operands, is_stacked, strict=True) if not s]
+    return is_even and not any(map(jnp.ndim, others))
 
 
 def _unrolled(

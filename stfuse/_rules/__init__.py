@@ -25,6 +25,7 @@ from stfuse._rules._base import (
 )
 
 __all__ = [
+    "ELEMENTWISE",
     "ComputeFn",
     "Merge",
     "Rule",
@@ -45,6 +46,7 @@ RULES: dict[str, Rule] = {
     **_reduce.RULES,
     **_shape.RULES,
 }
+ELEMENTWISE = frozenset(_elementwise.RULES)
 
 
 def form(op: Op) -> Hashable:
