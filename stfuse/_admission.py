@@ -193,13 +193,16 @@ class Admission:
         gives them before this tenant has its own.
         """
         pace, num_others = self.pace, len(queues.waiting) - bool(tenant.queue)
+        slots = pace.slots if self._policy is Policy.SPACE_TIME else 1
+        before = queues.num_before(event.deadline_s or 0.0)
+        if not tenant.queue:  # most often: nothing of its own is in the way
+            turns = 0 if self._policy is Policy.TIME else before // slots
+            return pace.busy_s(event.now_s) + turns * pace.step_s
         own = _own_before(tenant, event.deadline_s)
         if self._policy is Policy.TIME:
             turns = own[0] * (num_others + 1)
         else:
-            slots = pace.slots if self._policy is Policy.SPACE_TIME else 1
             spare = 1 if pace.is_dense else max(slots - num_others, 1)
-            before = queues.num_before(event.deadline_s or 0.0)
             before = max(before - bool(own[0]), 0)
             turns = own[1] // (pace.rows * spare) + before // slots
             if shares is not None:

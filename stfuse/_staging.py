@@ -20,6 +20,7 @@ from stfuse._stacked import LeafPlaces
 from stfuse._types import Bucket, Chunk
 
 _LARGE = 1 << 18  # bytes: a copy so long that other threads should go on meanwhile
+_FEW = 500  # numbers that NumPy copies without giving the interpreter away
 Staged = tuple[Any, Any, list[Any]]  # slots, buffers, and the buffers' memory
 
 
@@ -140,6 +141,9 @@ def cut_leaves(
         x, view, size = outputs[i]
         num = size * (1 if rows is None else rows)
         if 0 < num < _LARGE and x.shape[2:] == shape:
+            if rows is not None and num <= _FEW * x.itemsize:
+                own.append(x[row + slot, start : start + rows].copy())
+                continue
             at = ((row + slot) * x.shape[1] + start) * size
             mine = np.empty(shape if rows is None else (rows, *shape), x.dtype)
             mine.reshape(-1).view(np.uint8).data[:] = view[at : at + num]
