@@ -177,6 +177,8 @@ def _is_level(op: Op, operands: Sequence[Any], is_stacked: Sequence[bool]) -> bo
     """Return whether an op is on stacks what it is on rows: to map it takes longer."""
     if op.name not in _rules.ELEMENTWISE:
         return False
+    if not all(is_stacked) and (len(operands) != 2 or len(op.specs) != 1):
+        return False  # only of two may one be a number for all
     stacked = [x for x, s in zip(operands, is_stacked, strict=True) if s]
     is_even = len({x.shape for x in stacked}) == 1
     others = [x for x, s in zip(operands, is_stacked, strict=True) if not s]

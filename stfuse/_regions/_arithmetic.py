@@ -99,7 +99,7 @@ def _erfc_far(x: Any) -> Any:
 
 
 def quick_erfc(x: Any) -> Any:
-    """Return erfc to some 1e-6 of itself, in half of what `erfc` takes."""
+    """Return erfc to 1e-5 of itself, in half of what `erfc` takes."""
     size = jnp.abs(x)
     t = 1.0 / (1.0 + 0.5 * size)
     y = t * jnp.exp(_polynomial(_QUICK, t) - size * size)
