@@ -294,6 +294,8 @@ def test_unrolling_serves_ops_of_several_outputs():
     lambda w, x: lax.clamp(-1.0, x, 1.0), lambda w, x: lax.select(w[0, 0] > 0, x, w),
     lambda w, x: jnp.where(w[0, 0] > 1, 1.0, 2.0), lambda w, x: jnp.atan2(2.0, w[0]),
     lambda w, x: lax.optimization_barrier((w[0, 0], 3.0)),
+    lambda w, x: jax.grad(lambda s: 2 * s + s**2)(w[0, 0]),
+    lambda w, x: lax.select_n(w[0, 0] > 1, jnp.float32(3)),
 ])  # fmt: skip
 def test_an_elementwise_op_of_stacks_is_the_program_that_mapping_it_is(fn):
     w = x = np.ones((1, 5), "f")

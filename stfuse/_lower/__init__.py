@@ -177,12 +177,13 @@ def _is_level(op: Op, operands: Sequence[Any], is_stacked: Sequence[bool]) -> bo
     """Return whether an op is on stacks what it is on rows: to map it takes longer."""
     if op.name not in _rules.ELEMENTWISE:
         return False
-    if not all(is_stacked) and (len(operands) != 2 or len(op.specs) != 1):
-        return False  # only of two may one be a number for all
     stacked = [x for x, s in zip(operands, is_stacked, strict=True) if s]
-    is_even = len({x.shape for x in stacked}) == 1
+    if len({x.shape for x in stacked}) != 1:
+        return False
+    # A number for all beside rows that are numbers too: not every primitive takes it.
     others = [x for x, s in zip(operands, is_stacked, strict=True) if not s]
-    return is_even and not any(map(jnp.ndim, others))
+    is_mixed = len(op.specs) == 1 and stacked[0].ndim > 1
+    return not others or (is_mixed and not any(map(jnp.ndim, others)))
 
 
 def _unrolled(

@@ -14,6 +14,7 @@ from stfuse._regions._axes import Axes, Conflict, Labels
 from stfuse._regions._record import (
     LONG,
     MOST_ELEMENTS,
+    MOST_OF_SCORES,
     PRODUCT,
     REDUCTIONS,
     Programs,
@@ -171,11 +172,14 @@ def _check(region: Region) -> None:
     Raises:
         Conflict: if so.
     """
+    has_product = any(step.ops[0].name == PRODUCT for step in region.steps)
     for number, value in enumerate(region.values):
         own = leaves(region, value)
+        is_made = has_product and number >= region.num_inputs
+        most = MOST_OF_SCORES if is_made else MOST_ELEMENTS
         composites = sum(len(region.labels.leaves(a)) > 1 for a in value.axes)
         size = math.prod(region.extents[x] for x in block(region, value))
-        if len(set(own)) < len(own) or composites > 1 or size > MOST_ELEMENTS:
+        if len(set(own)) < len(own) or composites > 1 or size > most:
             raise Conflict
         is_outside = number < region.num_inputs or number in region.outputs
         # Neighbors in memory belong into one program.

@@ -14,7 +14,7 @@ from stfuse._program import Literal, Op, Trace
 from stfuse._regions._record import (
     ELEMENTWISE,
     LONG,
-    MOST_ELEMENTS,
+    MOST_OF_SCORES,
     PRODUCT,
     REDUCTIONS,
     SHAPES,
@@ -71,7 +71,7 @@ def _is_small_product(program: Trace, op: Op) -> bool:
         sizes.append(math.prod(_tiles.power(spec.shape[a]) for a in free))
         sizes.append(math.prod(_tiles.power(spec.shape[a]) for a in gone))
     m, k, n, _ = sizes
-    return max(m, n) <= 128 and max(m * n, m * k, k * n) <= MOST_ELEMENTS
+    return max(m, n) <= 128 and max(m * n, m * k, k * n) <= MOST_OF_SCORES
 
 
 class Groups:

@@ -21,7 +21,8 @@ LONG = frozenset(["erf", "erfc"])
 REDUCTIONS = frozenset(["reduce_max", "reduce_min", "reduce_sum"])
 SHAPES = frozenset(["broadcast_in_dim", "reshape", "squeeze", "transpose"])
 TYPES = frozenset("bfloat16 bool float16 float32 int32".split())
-MOST_ELEMENTS = 16384  # of a value in a program's registers
+MOST_ELEMENTS = 8192  # of a value in a program's registers
+MOST_OF_SCORES = 16384  # of what a program with products makes: 128 x 128
 PRODUCT = "dot_general"
 
 Member = tuple[int, int | Literal]  # species, value number or literal
