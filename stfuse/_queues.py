@@ -118,24 +118,22 @@ class Queues:
             deadline_s = math.inf
         entry = Entry(deadline_s, request, rows, now_s, length, num_bytes)
         self._owner[request] = tenant
+        queue, before = tenant.queue, self._head_s(tenant)
         self._count(tenant, rows, num_bytes)
-        queue = tenant.queue
         if queue and queue[-1] < entry:
             queue.append(entry)
             return
-        before_s = queue[0].deadline_s if queue else math.inf
         if not queue:
             tenant.service_s = max(tenant.service_s, self._virtual_s)
             self.waiting[tenant.name] = tenant
         bisect.insort(queue, entry)
         if queue[0] is entry:
-            self._moved(tenant, before_s)
+            self._moved(tenant, before)
             self.place(tenant)
 
     def drop(self, tenant: Tenant, requests: Sequence[int]) -> None:
         """Take requests off a queue."""
-        queue = tenant.queue
-        before_s = queue[0].deadline_s if queue else math.inf
+        queue, before = tenant.queue, self._head_s(tenant)
         first = queue[: len(requests)]
         if [entry.request for entry in first] == [*requests]:  # as good as always
             del queue[: len(first)]
@@ -146,7 +144,7 @@ class Queues:
         for entry in first:
             del self._owner[entry.request]
             self._count(tenant, -entry.rows, -entry.num_bytes)
-        self._moved(tenant, before_s)
+        self._moved(tenant, before)
         if tenant.queue:
             if tenant.stamp:  # else whoever took it out of its heap places it again
                 self.place(tenant)
@@ -265,7 +263,7 @@ class Queues:
 
     def _moved(self, tenant: Tenant, before_s: float) -> None:
         """Take note that a tenant's first deadline may have changed."""
-        after_s = tenant.queue[0].deadline_s if tenant.queue else math.inf
+        after_s = self._head_s(tenant)
         if before_s == after_s:
             return
         if before_s < math.inf:

@@ -328,8 +328,6 @@ class Scheduler:
             start_s, longest_s = self._shares.turn(mates, lane, now_s)
             is_later = start_s > now_s
             return start_s, None if is_later else of(mates, longest_s=longest_s)
-        if all(claims.values()) and max([len(t.queue) for t in mates]) == 1:
-            return now_s, of(mates)  # nobody asks for more than it is entitled to
         # Those beyond come after the others, in what these leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
         return now_s, of(ordered, claims=claims) or of(mates)

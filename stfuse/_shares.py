@@ -181,13 +181,11 @@ class Shares:
         """
         if not self._is_divided:
             self._divide()
-        slots_s = {c.species: lane.slot_s(c.species, bucket.rows) for c in chunks}
         for name, _, _, _, species in chunks:
-            account, slot_s = self._accounts[name], slots_s[species]
-            left_s = account.spent_s and account.left_s(now_s)
+            account, slot_s = self._accounts[name], lane.slot_s(species, bucket.rows)
             # No more than two bursts: what it had while nobody else was about is past.
             most_s = 2 * account.burst * slot_s
-            account.spent_s = min(left_s + slot_s, most_s)
+            account.spent_s = min(account.left_s(now_s) + slot_s, most_s)
             account.at_s = now_s
             if claims[name]:
                 self._recent[name] = now_s

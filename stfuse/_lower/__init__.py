@@ -158,9 +158,9 @@ def apply(
     if name == "unrolled":
         return _unrolled(op, operands, is_stacked)
     axes = [0 if s else None for s in is_stacked]
-    if name == "native" and _is_level(op, operands, is_stacked):
-        return op.bind_fn(*operands)
     if name == "native":
+        if _is_level(op, operands, is_stacked):
+            return op.bind_fn(*operands)
         return jax.vmap(op.bind_fn, in_axes=axes)(*operands)
     way = _CANDIDATES[op.name][name]
     if way.is_whole:
