@@ -25,15 +25,19 @@ def look_up(p, x):
 
 
 def mean_step(p, x):
-    return p - 0.1 * x.mean(0)
+    return p - 0.5 * x.mean(0)
 
 
 def product(p, x):
-    return jnp.tanh(jnp.dot(x, p, precision="highest"))
+    return jnp.dot(x, p, precision="highest")
 
 
 def jobs():
-    """Return jobs with a request each, of five species; three share one."""
+    """Return jobs with a request each, of five species; three share one.
+
+    Every sum is exact in float32: which rows meet in a step depends on the moment, and
+    XLA adds a product up in another order where a step has more rows.
+    """
     rng = np.random.default_rng(0)
     found = [
         (stfuse.Job("mixed", mixed, np.float32(3), ROWS[:1]), ROWS),
@@ -43,7 +47,7 @@ def jobs():
         (stfuse.Job("step", mean_step, ROWS[0], ROWS, batched=False), ROWS),
     ]  # fmt: skip
     for i in range(3):
-        params = rng.normal(size=(5, 4 + i // 2)).astype(np.float32)
+        params = rng.integers(-9, 9, size=(5, 4 + i // 2)).astype(np.float32) / 4
         found.append((stfuse.Job(f"product-{i}", product, params, ROWS[:1]), ROWS + i))
     return found
 
@@ -107,7 +111,7 @@ def test_what_cannot_be_compiled_so_is_compiled_as_ever(serve, monkeypatch):
     monkeypatch.setattr(JaxDevice, "name", "refusing:0")  # nothing is in the cache
     asked = jobs()[-3:]
     for (job, x), found in zip(asked, answers_of(serve(True), asked), strict=True):
-        np.testing.assert_allclose(found, product(job.params, x), rtol=1e-5)
+        np.testing.assert_array_equal(found, product(job.params, x))
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int2"])
