@@ -3,6 +3,8 @@
 The models are Flax's: float32 weights, computed in bfloat16.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -238,17 +240,19 @@ def test_every_answer_is_of_one_generation_while_weights_are_swapped():
         known = []
         for new in sets:
             engine.swap("a", new)
-            known.append(engine.infer("a", ROW).tobytes())
-        assert len(set(known)) == 3
+            known.append(engine.infer("a", ROW).astype("f"))
+        pairs = itertools.combinations(known, 2)
+        assert min(np.abs(one - other).max() for one, other in pairs) > 0.1
         engine.swap("a", sets[0])
         futures = []
         for _ in range(20):
             futures += [engine.submit("a", ROW) for _ in range(3)]
             i = int(rng.integers(3))
             engine.swap("a", sets[i])
-            assert engine.infer("a", ROW).tobytes() == known[i]
-        for future in futures:
-            assert future.result(60).tobytes() in known
+            assert np.abs(engine.infer("a", ROW).astype("f") - known[i]).max() < 0.05
+        for future in futures:  # with other rows in the step a sum may round otherwise
+            found = future.result(60).astype("f")
+            assert min(np.abs(found - one).max() for one in known) < 0.05
 
 
 def test_a_job_that_stores_casts_itself_is_of_the_same_program():
