@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 import stfuse
 from stfuse import _regions
+from stfuse._program import Literal
 from stfuse._regions import Region, Siblings, _arithmetic, _build
 from tests import programs, test_programs
 from tests.region_jobs import attention_job, fused_of, jobs_of, names_of, norm_job
@@ -136,6 +137,32 @@ def test_the_quick_error_function_is_exact_as_far_as_short_floats_tell():
     y = np.asarray(_arithmetic.quick_erfc(jnp.asarray(x, jnp.float32)), float)
     expected = [math.erfc(v) for v in x.astype(np.float32)]
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-36)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_multiplying_by_factors_is_dividing_wherever_the_quotient_is(dtype):
+    ends = [0.0, 1e-37, 2.0**-64, 1e-3, 1.0, 3.0, 2.0**64, 1e30, 2.0**127, np.inf]
+    x, y = (np.array([*ends, *(-v for v in ends), np.nan], dtype) for _ in range(2))
+    x, y = x[:, None], y[None]
+    by = _arithmetic.factors(jnp.asarray(y), 0)
+    found = np.asarray(_arithmetic.scaled(jnp.asarray(x), by), np.float64)
+    with np.errstate(all="ignore"):
+        expected = (x.astype(np.float64) / y.astype(np.float64)).astype(dtype)
+    expected = expected.astype(np.float64)
+    error = 3e-7 if dtype == np.float32 else 4e-3
+    np.testing.assert_allclose(found, expected, rtol=error, atol=2.0**-126)
+
+
+@pytest.mark.parametrize("value", [8.0, -0.25, 3.0, 2.0**20, 0.0, np.inf])
+def test_a_literal_divides_short_floats_as_they_are_where_that_is_exact(value):
+    x = np.linspace(-5, 5, 99).astype(jnp.bfloat16)
+    literal = Literal(np.array(value, jnp.bfloat16), jax.ShapeDtypeStruct((), x.dtype))
+    by = _arithmetic.factors(jnp.asarray(value, x.dtype), literal)
+    assert (len(by) == 1) == (value in (8.0, -0.25))
+    found = np.asarray(_arithmetic.scaled(jnp.asarray(x), by))
+    with np.errstate(all="ignore"):
+        expected = (x / np.array(value, jnp.bfloat16)).astype("f")
+    np.testing.assert_array_equal(found.astype("f"), expected)
 
 
 def test_the_larger_of_a_nan_is_nan():

@@ -6,6 +6,9 @@ error function.
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stfuse._program import Op
+from stfuse._program import Literal, Op
 from stfuse._rules._reduce import highest, lowest
 
 NEUTRAL = {"reduce_max": lowest, "reduce_min": highest, "reduce_sum": lambda _: 0}
@@ -66,6 +69,35 @@ def extreme(name: str, x: Any, y: Any) -> Any:
     return jnp.where(x != x, x, jnp.where(y != y, y, best))
 
 
+def is_shared(y: Any, shape: Sequence[int]) -> bool:
+    """Return whether many numbers of a block are divided by each of some floats."""
+    return y.size < math.prod(shape) and jnp.issubdtype(y.dtype, np.floating)
+
+
+def factors(y: Any, operand: Any) -> list[Any]:
+    """Return what to multiply by, one after the other, instead of dividing.
+
+    Args:
+        y: some floats, or one.
+        operand: what they are of a step: its number, or a literal.
+    """
+    if isinstance(operand, Literal):
+        mantissa, exponent = math.frexp(abs(np.asarray(operand.value).item()))
+        if mantissa == 0.5 and abs(exponent) < 14:  # exact, in short floats too
+            return [jnp.full_like(y, 1 / np.asarray(operand.value).item())]
+    y = y.astype(jnp.float32)
+    size, one = jnp.abs(y), jnp.ones_like(y)
+    large, small = jnp.full_like(y, 2.0**64), jnp.full_like(y, 2.0**-64)
+    # First what keeps the inverse from overflowing, and from vanishing.
+    first = jnp.where(size > large, small, jnp.where(size < small, large, one))
+    return [first, 1.0 / (y * first)]
+
+
+def scaled(x: Any, by: Sequence[Any]) -> Any:
+    """Return a block times some others, rounded at last."""
+    return functools.reduce(operator.mul, by, x.astype(by[0].dtype)).astype(x.dtype)
+
+
 # Source: Moshier, Cephes, ndtrf.c: erf(x) / x in x^2; erfc(x) over exp(-x^2) / x in
 # 1 / x^2, below 2 and above.
 _ERF = (7.85386135e-5, -8.01019363e-4, 5.18832769e-3, -2.68538119e-2, 1.12835851e-1)
@@ -74,9 +106,11 @@ _ERFC = (2.32681997e-2, -1.38703939e-1, 3.68742467e-1, -5.82473303e-1, 6.2100046
 _ERFC += (-4.94451532e-1, 3.40487994e-1, -2.74112703e-1, 5.63825943e-1)
 _ERFC_FAR = (-1.04776640e1, 1.29771996e1, -7.49551872, 2.92101902, -1.01526528)
 _ERFC_FAR += (4.21846336e-1, -2.82076744e-1, 5.64189507e-1)
-# Source: Press et al., Numerical Recipes, erfcc: log(erfc(x) / t) + x^2 in t.
+# Source: Press et al., Numerical Recipes, erfcc: log2(erfc(x) / t) + x^2 log2(e) in t.
 _QUICK = (1.7087277e-1, -8.2215223e-1, 1.48851587, -1.13520398, 2.7886807e-1)
 _QUICK += (-1.8628806e-1, 9.678418e-2, 3.7409196e-1, 1.00002368, -1.26551223)
+_LOG2_E = math.log2(math.e)
+_QUICK = tuple(_LOG2_E * c for c in _QUICK)
 
 
 def _polynomial(coefficients: Sequence[float], x: Any) -> Any:
@@ -101,8 +135,9 @@ def _erfc_far(x: Any) -> Any:
 def quick_erfc(x: Any) -> Any:
     """Return erfc to 1e-5 of itself, in half of what `erfc` takes."""
     size = jnp.abs(x)
-    t = 1.0 / (1.0 + 0.5 * size)
-    y = t * jnp.exp(_polynomial(_QUICK, t) - size * size)
+    root = lax.rsqrt(1.0 + 0.5 * size)  # it and a square take less than a division
+    t = root * root
+    y = t * jnp.exp2(_polynomial(_QUICK, t) - size * (size * _LOG2_E))
     return jnp.where(x < 0.0, 2.0 - y, y)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ from jax import lax
 
 from stfuse._lower import _tiles
 from stfuse._program import Literal
-from stfuse._regions._arithmetic import NEUTRAL, REDUCE, elementwise
+from stfuse._regions._arithmetic import (
+    NEUTRAL,
+    REDUCE,
+    elementwise,
+    factors,
+    is_shared,
+    scaled,
+)
 from stfuse._regions._record import (
     PRODUCT,
     REDUCTIONS,
@@ -179,6 +187,10 @@ class Here:
             return self._reduce(step, operands[0])
         if op.name in ("broadcast_in_dim", "transpose"):
             return self._moved(step, operands[0])
+        if op.name == "div" and is_shared(operands[1], self._shape(out)):
+            x, y = step.operands
+            by = [self._spread_to(out, f, y) for f in factors(operands[1], y)]
+            return scaled(self._spread_to(out, operands[0], x), by)
         spread = [
             self._spread_to(out, x, step.operands[i]) for i, x in enumerate(operands)
         ]
@@ -240,7 +252,7 @@ class Here:
 
         op, out = step.ops[0], block(self.region, self.region.values[step.output])
         sides = []
-        for i, x in enumerate(step.operands):
+        for x in step.operands:
             value = self.region.values[x]  # type: ignore[index]
             own = block(self.region, value)
             (kept,) = [d for d in own if d in out]
@@ -249,12 +261,13 @@ class Here:
             y = values[x]  # type: ignore[index]
             if inside is not None:
                 y = jnp.where(_spread(inside, y.shape), y, jnp.zeros((), y.dtype))
-            order = (kept, gone) if i == 0 else (gone, kept)
-            sides.append(y if own == order else y.T)
-        precision = op.params["precision"]
-        return triton.dot(*sides, precision=_tiles.precision(precision)).astype(
-            op.specs[0].dtype
-        )
+            sides.append(y if own == (kept, gone) else y.T)
+        left, right = sides
+        dot = partial(triton.dot, precision=_tiles.precision(op.params["precision"]))
+        # The first operand may stay in registers, the second goes to shared memory.
+        is_swapped = len(left) < len(right)
+        y = dot(right, left.T).T if is_swapped else dot(left, right.T)
+        return y.astype(op.specs[0].dtype)
 
 
 def _spread(x: Any, shape: tuple[int, ...]) -> Any:

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from stfuse._lower import _tiles
+from stfuse._program import Literal
 from stfuse._regions._block import Here, Places, stored
 from stfuse._regions._record import Place, Region, block
 
@@ -213,12 +214,14 @@ class _Kernel:
         }
         here = Here(region, true, at)
         values: dict[int, Any] = {}
-        for i, value in enumerate(region.values[:num]):
-            shape, stacked = self.in_shapes[i], self.is_stacked[i]
-            own = self._row(i, slot, tables)
-            first = _first(stacked, has_rows[i], own, row, num_rows, shape)
-            values[i] = here.load(refs[i], value, shape, first + self.in_columns[i])
         for step in region.steps:
+            for i in step.operands:  # what is loaded early holds registers until then
+                if not isinstance(i, Literal) and i not in values:
+                    shape, stacked = self.in_shapes[i], self.is_stacked[i]
+                    own = self._row(i, slot, tables)
+                    first = _first(stacked, has_rows[i], own, row, num_rows, shape)
+                    first = first + self.in_columns[i]
+                    values[i] = here.load(refs[i], region.values[i], shape, first)
             values[step.output] = here.compute(step, values)
         for i, ref, shape in zip(
             region.outputs, refs[num:], self.out_shapes, strict=True
