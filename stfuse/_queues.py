@@ -18,6 +18,7 @@ from stfuse._types import Policy, Submit
 # Of a step: who had no more than that beyond others is level with them. Less than what
 # one tenant alone has of a step, or a flood would come before whoever comes after it.
 _LEVEL = 0.5
+_ROUNDS = 2  # of all who wait: who was passed over for longer comes first
 
 
 class Entry(NamedTuple):
@@ -54,6 +55,8 @@ class Tenant:
         rows: of all of them.
         num_bytes: of all of them.
         service_s: device seconds it got so far, over its weight.
+        level_s: what most had when it began to wait, or was served last.
+        since: after how many steps that was.
         turn: the step that served it last.
         is_parked: whether nothing that is ready could serve it.
         stamp: of its newest entry in a heap; 0 if it has none.
@@ -68,6 +71,8 @@ class Tenant:
     rows: int = 0
     num_bytes: int = 0
     service_s: float = 0.0
+    level_s: float = 0.0
+    since: int = 0
     turn: int = 0
     is_parked: bool = False
     stamp: int = 0
@@ -88,6 +93,7 @@ class Queues:
         self._on_empty = on_empty
         self._is_round_robin = policy is Policy.TIME
         self.waiting: dict[str, Tenant] = {}
+        self._since: dict[str, Tenant] = {}  # not parked, longest passed over first
         self.rows = self.num_bytes = 0
         self._owner: dict[int, Tenant] = {}
         self._urgent: list[Any] = []
@@ -95,7 +101,7 @@ class Queues:
         self._expiring: list[Any] = []
         self._heads: list[float] = []  # finite deadlines of first requests, sorted
         self._parked: dict[str | None, list[Tenant]] = {}
-        self._num_stamps = 0
+        self._num_stamps = self._num_steps = self._num_slots = 0
         self._step_s = 0.0  # of the last step
         self._virtual_s = 0.0  # what most who were served last had: idling is no credit
 
@@ -125,7 +131,10 @@ class Queues:
             return
         if not queue:
             tenant.service_s = max(tenant.service_s, self._virtual_s)
+            tenant.level_s, tenant.since = self._virtual_s, self._num_steps
             self.waiting[tenant.name] = tenant
+            if not tenant.is_parked:
+                self._since[tenant.name] = tenant
         bisect.insort(queue, entry)
         if queue[0] is entry:
             self._moved(tenant, before)
@@ -150,12 +159,15 @@ class Queues:
                 self.place(tenant)
         else:
             self.waiting.pop(tenant.name, None)
+            self._since.pop(tenant.name, None)
             tenant.stamp = 0  # its entries are passed over
             self._on_empty(tenant)
 
     def charge(self, tenants: Sequence[Tenant], costs_s: Sequence[float]) -> None:
         """Add what tenants of one step cost to their service, before they leave it."""
         self._step_s = sum(costs_s)
+        self._num_steps += 1
+        self._num_slots = len(tenants)
         # Not the least: whoever comes back would be ahead of all who wait, always, and
         # those who ask for a little more than others would starve beside the rest.
         # Each once, however many slots it has, or a busy one would be its own measure.
@@ -163,6 +175,9 @@ class Queues:
         self._virtual_s = max(self._virtual_s, levels_s[len(levels_s) // 2])
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
             tenant.service_s += cost_s / tenant.weight
+            tenant.level_s, tenant.since = self._virtual_s, self._num_steps
+            if self._since.pop(tenant.name, None):
+                self._since[tenant.name] = tenant
 
     def place(self, tenant: Tenant) -> None:
         """Put a waiting tenant where it belongs now; a parked one stays where it is."""
@@ -171,13 +186,15 @@ class Queues:
         if tenant.is_parked:
             return
         deadline_s, request, _, _, _, _ = tenant.queue[0]
-        level_s = self._virtual_s + _LEVEL * self._step_s
         if self._is_round_robin:
             key, heap = (tenant.turn, request), self._patient
         elif deadline_s == math.inf or self.is_ahead(tenant):
-            # Who is level with others comes as it came: by service, whoever asks for a
-            # little more than most would be last until all had their turn.
-            key, heap = (max(tenant.service_s, level_s), request), self._patient
+            # Who is level with others comes as it came, or was served: by service alone
+            # whoever asks for a little more than most would be last until all had their
+            # turn. That others were served since is no reason to come after them again.
+            beyond_s = tenant.service_s - _LEVEL * self._step_s
+            key = max(beyond_s, tenant.level_s), tenant.since, request
+            heap = self._patient
         else:
             key, heap = (deadline_s, tenant.service_s, request), self._urgent
         heapq.heappush(heap, (key, tenant.stamp, tenant))
@@ -188,13 +205,17 @@ class Queues:
     def is_ahead(self, tenant: Tenant) -> bool:
         """Return whether a tenant had more than its share: a step more than others.
 
-        Its deadlines do not put it before those who had less.
+        Its deadlines do not put it before those who had less. That is measured by who
+        was passed over longest, too: most who are served may all be beyond theirs.
         """
-        return tenant.service_s > self._virtual_s + self._step_s
+        longest = next(iter(self._since.values()), tenant)
+        least_s = min(longest.level_s, self._virtual_s)
+        return tenant.service_s > least_s + self._step_s
 
     def park(self, tenant: Tenant) -> None:
         """Set a tenant aside until its lane has something new for it."""
         tenant.is_parked = True
+        self._since.pop(tenant.name, None)
         self._parked.setdefault(tenant.lane, []).append(tenant)
 
     def unpark(self, lane: str | None) -> None:
@@ -202,6 +223,7 @@ class Queues:
         for tenant in self._parked.pop(lane, ()):
             tenant.is_parked = False
             if tenant.queue:
+                self._since[tenant.name] = tenant
                 self.place(tenant)
 
     def in_order(self, *, is_patient_first: bool) -> Iterator[Tenant]:
@@ -210,6 +232,9 @@ class Queues:
         Args:
             is_patient_first: whether one without deadlines comes before all others.
         """
+        if tenant := self._passed_over():
+            tenant.stamp = 0
+            yield tenant
         if is_patient_first and (tenant := self._pop(self._patient)):
             yield tenant
         while tenant := self._pop(self._urgent) or self._pop(self._patient):
@@ -237,6 +262,14 @@ class Queues:
         """Return the earliest deadline of all, infinite if there is none."""
         top = self._first_expiring()
         return top[0] if top else math.inf
+
+    def _passed_over(self) -> Tenant | None:
+        """Return who waits for longer than it takes to serve all who wait, twice."""
+        longest = next(iter(self._since.values()), None)
+        if longest is None or self._is_round_robin:
+            return None
+        num_slots = (self._num_steps - longest.since) * self._num_slots
+        return longest if num_slots > _ROUNDS * len(self._since) else None
 
     def _first_expiring(self) -> Any:
         heap = self._expiring

@@ -6,8 +6,8 @@ Rules:
     Between tenants, under each policy:
         space-time  earliest deadline first; then, among those without deadlines and
                     those who had more than their share, least weighted service so far,
-                    counted in predicted device seconds; in order of arrival where that
-                    is about the same.
+                    counted in predicted device seconds; in the order in which they came
+                    or were served last where that is about the same.
         exclusive   the same order, but a step serves one tenant.
         time        round robin, one request a step.
     Every fourth step starts with a tenant without deadlines, if one waits: a stream of

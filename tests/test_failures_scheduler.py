@@ -66,6 +66,26 @@ def test_failure_06_a_flood_costs_the_others_nothing(seed, deadline_s):
 
 
 @pytest.mark.parametrize("deadline_s", [None, 0.06])
+@pytest.mark.parametrize(("num_floods", "slots"), [(1, 1), (2, 2), (3, 2), (9, 4)])
+def test_failure_06_floods_that_fill_every_step_starve_nobody(
+    num_floods, slots, deadline_s, seed
+):
+    table = {(k, 1): 1e-3 for k in (1, 2, 4) if k <= slots}
+    share, seconds, last = slots / 1e-3 / (num_floods + 1), 2.0, num_floods
+    own = poisson(share / 10, int(share / 10 * seconds), 1, seed=seed)
+    floods = poisson(
+        5 * share * num_floods,
+        int(5 * share * num_floods * seconds),
+        num_floods,
+        seed=seed + 1,
+    )
+    trace = merged(floods, Arrivals(own.due_s, own.tenants + last))
+    run = simulate(trace, table, deadline_s=deadline_s, num_tenants=last + 1)
+    assert not np.isinf(run.latency_s[run.tenants == last]).any()
+    assert run.quantile_s(0.99, [last]) <= 8e-3 * (1 + num_floods / slots)
+
+
+@pytest.mark.parametrize("deadline_s", [None, 0.06])
 def test_failure_06_where_shares_are_strict_a_flood_makes_no_step_longer(
     seed, deadline_s
 ):

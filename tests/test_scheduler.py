@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
@@ -16,6 +17,7 @@ from stfuse._types import (
     Ready,
     Submit,
 )
+from stfuse.testing import Arrivals, simulate
 
 
 def one_lane(policy=Policy.SPACE_TIME, tenants="abc", capacity=4, rows=2, **options):
@@ -229,6 +231,20 @@ def test_a_flood_does_not_run_before_whoever_came_after_it():
     first = [served(scheduler.decide(0.0))[0][0] for _ in range(3)]
     submit(scheduler, 9, "b")
     assert [*first, served(scheduler.decide(0.0))[0][0]] == ["a", "a", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "weights"),
+    [(1, (3, 1)), (2, (1, 1, 1)), (2, (1, 1, 10)), (2, (4, 2, 1)), (4, (1,) * 5)],
+)
+def test_whoever_comes_last_waits_for_a_step_or_two_not_for_queues(slots, weights):
+    """However many queues fill the steps, and of whatever weight."""
+    num_floods = len(weights) - 1
+    owners = np.append(np.repeat(np.arange(num_floods), 200), num_floods)
+    trace = Arrivals(np.zeros(len(owners)), owners)
+    table = {(k, 1): 1.0 for k in (1, 2, 4) if k <= slots}
+    run = simulate(trace, table, weights=weights)
+    assert run.latency_s[-1] <= 1 + max(weights)
 
 
 @pytest.mark.parametrize("is_strict", [False, True])
