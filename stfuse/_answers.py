@@ -1,7 +1,8 @@
 """Futures of requests, and the thread that runs their callbacks.
 
-A future without callbacks is resolved where its answer is; one with callbacks on a
-thread of its own, so that a slow one holds up neither the device nor the others.
+A future without callbacks is resolved where its answer is; one with callbacks on the
+thread of callbacks, so that a slow one does not hold up the device; and one that an
+event loop awaits on another, so that a slow callback does not hold up that either.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Answer(Future[Any]):
     """
 
     has_callbacks = False
+    is_awaited = False  # its callbacks are `infer_async`'s, and quick
 
     def __init__(self, number: int, on_cancel: Callable[[int], None]) -> None:
         """Start as `Future` does, but without a condition."""
@@ -116,41 +118,54 @@ class Answer(Future[Any]):
 
 
 Outcome = tuple[Answer, Any]  # a future, and its result or exception
+_Queue = queue.SimpleQueue[Sequence[Outcome] | None]
 
 
 class Callbacks:
-    """Resolves futures; `run` is the thread of those that have callbacks."""
+    """Resolves futures; `run` and `run_awaited` are threads of those with callbacks."""
 
     def __init__(self) -> None:
         """Start with nothing to do."""
-        self._waiting: queue.SimpleQueue[Sequence[Outcome] | None] = queue.SimpleQueue()
+        self._waiting: _Queue = queue.SimpleQueue()
+        self._awaited: _Queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def resolve(self, outcomes: Sequence[Outcome]) -> None:
         """Give futures their outcomes; never raises, never waits for a callback."""
-        deferred = []
+        deferred, awaited = [], []
         for outcome in outcomes:
-            if outcome[0].has_callbacks:
-                deferred.append(outcome)
-            else:
+            if not outcome[0].has_callbacks:
                 settle(*outcome)
+            else:
+                (awaited if outcome[0].is_awaited else deferred).append(outcome)
         if deferred:
             self._waiting.put(deferred)
+        if awaited:
+            self._awaited.put(awaited)
 
     def run(self) -> None:
         """Resolve what has callbacks until closed: the callback thread."""
         self._thread = threading.current_thread()
-        while (outcomes := self._waiting.get()) is not None:
-            for outcome in outcomes:
-                settle(*outcome)
+        _settle_all(self._waiting)
+
+    def run_awaited(self) -> None:
+        """Resolve what event loops await until closed: a thread of its own."""
+        _settle_all(self._awaited)
 
     def close(self) -> None:
-        """Let `run` return once it resolved what it has."""
+        """Let both threads return once they resolved what they have."""
+        self._awaited.put(None)
         self._waiting.put(None)
 
     def is_own_thread(self) -> bool:
         """Return whether the caller is a callback."""
         return threading.current_thread() is self._thread
+
+
+def _settle_all(waiting: _Queue) -> None:
+    while (outcomes := waiting.get()) is not None:
+        for outcome in outcomes:
+            settle(*outcome)
 
 
 def settle(future: Future[Any], outcome: Any) -> None:

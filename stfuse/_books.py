@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stfuse._answers import Answer, Callbacks
+from stfuse._errors import StfuseError
 from stfuse._flight import Request, Tenant
 from stfuse._inputs import Checked
 from stfuse._metrics import Metrics
@@ -110,7 +111,7 @@ class Books:
             if tenant.is_leaving and not tenant.outstanding:
                 self._depart(tenant)
 
-    def finish(self, outcomes: Sequence[tuple[int, Exception]], kind: str) -> None:
+    def finish(self, outcomes: Sequence[tuple[int, StfuseError]], kind: str) -> None:
         """End requests that got no answer; ``kind`` says how they are counted."""
         with self._lock:
             for number, _ in outcomes:
@@ -118,9 +119,9 @@ class Books:
                     name = self._requests[number].tenant.job.name
                     self._metrics.count(name, kind)
             ended = self.close(outcomes)
-        self.resolve(ended)
+        self.resolve([(r, error.about(r.tenant.job.name)) for r, error in ended])
 
-    def fail_queued(self, error: Exception, names: Iterable[str]) -> None:
+    def fail_queued(self, error: StfuseError, names: Iterable[str]) -> None:
         """Give the waiting requests of some tenants an error instead of an answer."""
         with self._lock:
             numbers = [n for name in names for n in self._scheduler.queued(name)]
@@ -128,7 +129,7 @@ class Books:
                 self._scheduler.handle(Cancel(number))
         self.finish([(number, error) for number in numbers], "failed")
 
-    def fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: StfuseError) -> None:
         """End every request, queued or running, with an error."""
         with self._lock:
             numbers = list(self._requests)

@@ -397,3 +397,4 @@ class Builder:
                 self.request(tenant.lane)
             else:
                 self._server.members.refuse(tenant, refusal("add", tenant, error))
+        self._server.command(partial(self.request, name))  # others' readiness waited

@@ -38,7 +38,7 @@ from stfuse._inputs import check_seconds
 from stfuse._job import Job
 from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
-from stfuse._server import CLOSED, Server
+from stfuse._server import CLOSED, DROPPED, Server
 from stfuse._swap import prepared, writing
 from stfuse._turns import REFUSED_S
 from stfuse._types import Clock, Device, Drain, Join, Leave
@@ -286,21 +286,19 @@ class Engine:
     async def infer_async(
         self, name: str, inputs: Any, *, timeout_s: float | None = None
     ) -> Any:
-        """Submit and await: `infer` for asyncio. Cancelling the task frees its place.
+        """Submit and await the outputs. Cancelling the task frees its place.
 
         Args:
             name: the job.
             inputs: as for `submit`.
             timeout_s: as for `infer`.
 
-        Returns:
-            The outputs.
-
         Raises:
             DeadlineError: no answer in time; the request is given up.
             RequestError, QueueFullError, ClosedError, DeviceError: as for `submit`.
         """
-        future = self.submit(name, inputs, deadline_s=timeout_s)
+        future: Any = self.submit(name, inputs, deadline_s=timeout_s)
+        future.is_awaited = True
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
         except TimeoutError as error:
@@ -334,7 +332,7 @@ class Engine:
                 a thread that is stuck in the device is left behind; None to wait.
         """
         self._check_thread("close")
-        server, closed = self._server, ClosedError(CLOSED)
+        server, closed = self._server, ClosedError(DROPPED)
         with server.lock:
             server.is_closed = True
             server.scheduler.handle(Drain())
@@ -393,6 +391,7 @@ def _started(server: Server, builder: Builder) -> list[threading.Thread]:
             ("build", lambda: _supervise.build(server, builder)),
             ("serve", server.turns.held()(server.serve)),
             ("callbacks", server.books.callbacks.run),
+            ("awaited", server.books.callbacks.run_awaited),
         )
     ]
     for thread in threads:

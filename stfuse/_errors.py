@@ -13,6 +13,17 @@ class StfuseError(Exception):
         super().__init__(message)
         self.jobs = tuple(jobs)
 
+    def about(self, job: str) -> "StfuseError":
+        """Return another that is about one job, if this one does not say which.
+
+        No two futures share an error: its traceback would show one owner's frames to
+        the others.
+        """
+        text = str(self) if self.jobs else f"job '{job}': {self}"
+        own = type(self)(text, jobs=self.jobs or (job,))
+        own.__cause__ = self.__cause__
+        return own
+
 
 class JobError(StfuseError, ValueError):
     """A job cannot be used as it was handed in; nothing else is affected."""

@@ -108,7 +108,7 @@ class Members:
             self._scheduler.handle(Install(lane.name, (), {}))
         self.rebuild(lane.name)
 
-    def refuse(self, tenant: Tenant, error: Exception) -> None:
+    def refuse(self, tenant: Tenant, error: DeviceError) -> None:
         """Drop a tenant that cannot be served, and fail what it has waiting."""
         name = tenant.job.name
         with self._lock:
@@ -199,10 +199,10 @@ class Members:
                     each.known.pop(name, None)  # the next of this name is another one
                 self._metrics.forget(name)
                 self._faults.quarantine.release(name)
-            closed = ClosedError(f"job '{name}' was removed")
+            closed = ClosedError("it was removed before this was done")
             for waiting in (tenant.ready, *tenant.swaps):
                 if not waiting.done():
-                    waiting.set_exception(closed)
+                    waiting.set_exception(closed.about(name))
             logging.info("stfuse: job '%s' left", name)
             tenant.drained.set_result(None)
 

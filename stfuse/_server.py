@@ -45,6 +45,7 @@ from stfuse._types import (
 )
 
 CLOSED = "`stfuse.Engine`: the engine is closed; build a new one."
+DROPPED = "the engine was closed before this was done"
 _LATE = "the request's deadline passed before it could start"
 _MAX_IN_FLIGHT = 2
 _LEAD = 2.0  # times what the host took for the last step
@@ -281,7 +282,7 @@ class Server:
         names = [n for n, t in self.tenants.items() if not t.is_placed]
         if not any(map(self.scheduler.queued, names)):
             return None
-        return partial(self.fail_all, ClosedError(CLOSED), names), Future()
+        return partial(self.fail_all, ClosedError(DROPPED), names), Future()
 
     def _run(self, run: Callable[[], Any], done: Future[Any]) -> None:
         """Carry out a command; its error is its caller's, unless it cost a lane."""
@@ -295,7 +296,7 @@ class Server:
                     self.members.lose_lane(lane)
             settle(done, error)
 
-    def fail_all(self, error: Exception, names: Sequence[str] | None = None) -> None:
+    def fail_all(self, error: ClosedError, names: Sequence[str] | None = None) -> None:
         """Give waiting requests (of some tenants) an error instead of an answer."""
         with self.lock:
             names = list(self.tenants) if names is None else names

@@ -18,7 +18,7 @@ from stfuse._builder import Builder
 from stfuse._errors import ClosedError, DeviceError
 from stfuse._health import Health
 from stfuse._metrics import Snapshot
-from stfuse._server import CLOSED, Server
+from stfuse._server import DROPPED, Server
 
 _GRACE_S = 1.0  # for threads to end once nothing is left for them to do
 
@@ -85,12 +85,12 @@ def end(
     Args:
         server: takes no requests any more.
         builder: is still running, as is the server.
-        threads: the builder's, the server's, and that of callbacks.
+        threads: the builder's, the server's, and those of callbacks.
         timeout_s: real seconds until what is left is given up; None for never.
     """
     until_s = None if timeout_s is None else time.monotonic() + timeout_s
-    closed = ClosedError(CLOSED)
-    build_thread, serve_thread, callback_thread = threads
+    closed = ClosedError(DROPPED)
+    build_thread, serve_thread, *callback_threads = threads
     builder.close()
     _join(build_thread, until_s)
     unplaced = [n for n, t in list(server.tenants.items()) if not t.is_placed]
@@ -103,9 +103,10 @@ def end(
     for tenant in list(server.tenants.values()):
         for waiting in (tenant.ready, tenant.drained, *tenant.swaps):
             if not waiting.done():
-                settle(waiting, closed)
+                settle(waiting, closed.about(tenant.job.name))
     server.books.callbacks.close()
-    _join(callback_thread, until_s)
+    for thread in callback_threads:
+        _join(thread, until_s)
     for thread in threads:
         if thread.is_alive():
             logging.error("stfuse: closed without %s, which is stuck", thread.name)

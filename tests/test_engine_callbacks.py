@@ -54,6 +54,9 @@ def test_a_callback_that_blocks_stops_neither_the_device_nor_the_others():
         late = []
         patient = engine.submit("a", ROW)
         patient.add_done_callback(late.append)
+        # Nor what another event loop awaits.
+        answer = asyncio.run(asyncio.wait_for(engine.infer_async("b", ROW), 60))
+        np.testing.assert_array_equal(answer, ROW * 3)
         gate.set()
         wait_for(lambda: late == [patient])  # in its turn
         assert running.done()

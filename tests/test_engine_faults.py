@@ -1,6 +1,7 @@
 """What the engine does when a deadline, a device, or a caller lets it down."""
 
 import asyncio
+import threading
 
 import jax
 import numpy as np
@@ -119,17 +120,18 @@ def test_a_job_that_does_not_compile_is_refused_and_the_others_go_on():
         engine.add(affine_job("b", width=5)).result(60)
 
 
-def test_of_several_new_jobs_only_the_one_that_breaks_is_refused():
-    def bad(params, x):
-        return jax.pure_callback(
-            lambda y: _raise(), jax.typeof(x), x, vmap_method="sequential"
-        )
+def broken(params, x):
+    return jax.pure_callback(
+        lambda y: _raise(), jax.typeof(x), x, vmap_method="sequential"
+    )
 
+
+def test_of_several_new_jobs_only_the_one_that_breaks_is_refused():
     device = FakeDevice()
     with serve(affine_job("old"), device=device) as engine:
         readies = [
             engine.add(affine_job("good")),
-            engine.add(stfuse.Job("bad", bad, (), ROW)),
+            engine.add(stfuse.Job("bad", broken, (), ROW)),
             engine.add(affine_job("fine", width=2)),
         ]
         readies[0].result(60)
@@ -138,6 +140,14 @@ def test_of_several_new_jobs_only_the_one_that_breaks_is_refused():
             readies[1].result(60)
         for name in ("old", "good"):
             np.testing.assert_array_equal(engine.infer(name, ROW), ROW * 3)
+
+
+def test_a_job_is_ready_though_one_that_came_after_it_is_refused():
+    with stfuse.Engine() as engine:
+        ready = engine.add(affine_job("good"))
+        with pytest.raises(stfuse.DeviceError, match="'bad'"):
+            engine.add(stfuse.Job("bad", broken, (), ROW)).result(60)
+        ready.result(60)
 
 
 def _raise():
@@ -180,3 +190,40 @@ def test_calls_that_would_wait_for_themselves_are_refused():
 def test_a_wrong_option_is_named(options, text):
     with pytest.raises(ValueError, match=text):
         stfuse.Engine(**options)
+
+
+def _expire(engine, device, clock):
+    clock.advance(5.0)
+    device.release()
+
+
+def _close(engine, device, clock):
+    threading.Timer(0.1, device.release).start()
+    engine.close(drain=False)
+
+
+def _lose(engine, device, clock):
+    device.read_error = RuntimeError("gone")
+    device.release()
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (_expire, stfuse.DeadlineError),
+        (_close, stfuse.ClosedError),
+        (_lose, stfuse.DeviceError),
+    ],
+)
+def test_each_future_has_an_error_of_its_own_that_names_its_job(end, kind):
+    clock = ManualClock()
+    device = FakeDevice(clock)
+    with serve(affine_job("a"), affine_job("b"), device=device, clock=clock) as engine:
+        busy_with(engine, device, "a")
+        futures = [(n, engine.submit(n, ROW, deadline_s=1.0)) for n in "abab"]
+        end(engine, device, clock)
+        errors = [(name, future.exception(60)) for name, future in futures]
+    assert len({id(error) for _, error in errors}) == 4
+    for name, error in errors:
+        assert type(error) is kind and error.jobs == (name,)
+        assert f"'{name}'" in str(error)
