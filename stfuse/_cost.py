@@ -38,13 +38,21 @@ def resolve(cost: str | Cost) -> Cost:
     if isinstance(cost, Cost):
         return cost
     if cost == "auto":
-        return _measured(jax.devices()[0])
+        return _measured(default_device())
     if cost not in RECORDS:
         names = ", ".join(map(repr, ("auto", *RECORDS)))
         raise ValueError(
             f"`stfuse.fuse`: cost is {cost!r}; pass one of {names} or a `stfuse.Cost`."
         )
     return RECORDS[cost]
+
+
+def default_device() -> Any:
+    """Return JAX's default device, on this thread."""
+    chosen: Any = jax.config.jax_default_device  # pyright: ignore
+    if chosen is None or isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    return chosen
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from stfuse._cost import default_device
 from stfuse._stacked import to_host
 
 _PINNED = "pinned_host"
@@ -98,7 +99,7 @@ class JaxDevice:
 
     def __init__(self, device: Any = None, *, is_pinned: bool | None = None) -> None:
         """Choose the device."""
-        self._device = jax.devices()[0] if device is None else device
+        self._device = default_device() if device is None else device
         self._sharding = jax.sharding.SingleDeviceSharding(self._device)
         if is_pinned is None:
             is_pinned = self._is_gpu and self._has_pinned

@@ -156,7 +156,7 @@ class Engine:
             )
         lane = self._builder.lane_of(job.name)
         try:
-            member = prepared("add", job, job.params, self._server.device)
+            member = prepared("add", job, job.params, self._server)
         except DeviceError as error:
             refused: Future[None] = Future()
             refused.set_exception(error)

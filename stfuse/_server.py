@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from jax.profiler import StepTraceAnnotation
+import jax
 
 from stfuse import _flight, _lane, _staging
 from stfuse._answers import settle
@@ -71,6 +71,7 @@ class Server:
         self.lock = threading.Condition(self._inner)
         self._work = threading.Condition(self._inner)
         self._is_idle = False
+        self.is_wide: bool = jax.config.jax_enable_x64  # type: ignore[attr-defined]
         self.scheduler = scheduler
         self.device = device
         self.clock = clock
@@ -177,7 +178,8 @@ class Server:
         self._thread = threading.current_thread()
         while True:
             try:
-                return self._serve()
+                with jax.enable_x64(self.is_wide):
+                    return self._serve()
             except BaseException as error:  # only `stop` may end this thread
                 self.faults.restarted(error, is_again=not self._has_served)
                 self._has_served = False
@@ -358,8 +360,8 @@ class Server:
         leaves_of = {number: r.leaves for number, r in requests.items()}
         staged, placed = _staging.stage(lane, bucket, batch.chunks, leaves_of)
         launched_s = self.clock()
-        self._num_launches += 1
-        trace = StepTraceAnnotation("stfuse_step", step_num=self._num_launches)
+        number = self._num_launches = self._num_launches + 1
+        trace = jax.profiler.StepTraceAnnotation("stfuse_step", step_num=number)
         with trace, self.turns.watched():
             step = lane.steps[bucket]
             outputs = self.device.launch(step, lane.bank.stacks, *staged[:2])

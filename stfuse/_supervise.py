@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 from absl import logging
 
 from stfuse._answers import settle
@@ -61,7 +62,8 @@ def build(server: Server, builder: Builder) -> None:
     server.faults.canary.prepare()
     while True:
         try:
-            return builder.run()
+            with jax.enable_x64(server.is_wide):
+                return builder.run()
         except Exception as error:
             reason = f"the builder failed, {type(error).__name__}: {error}"
             logging.error("stfuse: %s", reason, exc_info=error)

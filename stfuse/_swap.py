@@ -17,8 +17,7 @@ from stfuse._flight import Tenant
 from stfuse._job import Job
 from stfuse._lane import Member
 from stfuse._server import Server
-from stfuse._trace import trace
-from stfuse._types import Device
+from stfuse._trace import check_width, trace
 
 
 def own(leaves: list[Any]) -> tuple[Any, ...]:
@@ -26,23 +25,27 @@ def own(leaves: list[Any]) -> tuple[Any, ...]:
     return tuple(np.array(x) if isinstance(x, np.ndarray) else x for x in leaves)
 
 
-def prepared(call: str, job: Job, params: Any, device: Device) -> Member:
+def prepared(call: str, job: Job, params: Any, server: Server) -> Member:
     """Return a job as it is served, with some parameters.
 
     Args:
         call: of the engine, for errors.
         job: the job.
         params: pytree like the job's params.
-        device: serves it.
+        server: serves it.
 
     Raises:
-        JobError: the params are unlike the job's.
+        JobError: the params are unlike the job's, or the engine takes its numbers of
+            64 bits for 32.
         DeviceError: what its programs do to parameters alone failed.
     """
     leaves = own(job.flatten_params(params))
-    hoist = _hoist.hoist([trace(program) for program in job.programs])
+    given = [trace(program) for program in job.programs]
+    for program, each in zip(job.programs, given, strict=True):
+        check_width(program, each, is_wide=server.is_wide)
+    hoist = _hoist.hoist(given)
     try:
-        traces, found = hoist.prepare(leaves, device.put)
+        traces, found = hoist.prepare(leaves, server.device.put)
     except Exception as error:  # whatever a device or a compiler raises
         raise DeviceError(
             f"`stfuse.Engine.{call}`: job '{job.name}': its parameters could not be "
@@ -67,7 +70,7 @@ def writing(
         JobError: the params are unlike the job's.
         DeviceError: they could not be prepared, or brought to the device.
     """
-    new = prepared("swap", tenant.job, params, server.device)
+    new = prepared("swap", tenant.job, params, server)
     lane, staged = server.lanes.get(tenant.lane), new
     if lane is not None and tenant.job.name in lane.places:
         try:

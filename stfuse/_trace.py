@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from stfuse import _tree
+from stfuse._errors import JobError
 from stfuse._fingerprint import Key, canonical, literal_form, params_form
 from stfuse._job import Job
 from stfuse._program import (
@@ -36,6 +37,7 @@ _INLINED = frozenset(
     "jit pjit custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 "
     "checkpoint closed_call core_call".split()
 )
+_WIDE = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 _TRACES: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
 
 
@@ -44,6 +46,9 @@ def trace(job: Job) -> Trace:
 
     Its parameters are the leaves of ``job.params``, then the closed-over arrays.
 
+    Raises:
+        JobError: it has numbers of 64 bits, and JAX has none on this thread.
+
     Example:
         >>> job = Job("sum", lambda p, x: x @ p, np.ones((3, 2), "f"), np.ones((1, 3)))
         >>> [op.name for op in trace(job).ops if op.is_heavy]
@@ -51,7 +56,32 @@ def trace(job: Job) -> Trace:
     """
     if job.jaxpr not in _TRACES:
         _TRACES[job.jaxpr] = _flatten(job.jaxpr, len(jax.tree.leaves(job.params)))
+    check_width(job, _TRACES[job.jaxpr], is_wide=jax.config.jax_enable_x64)  # pyright: ignore
     return _TRACES[job.jaxpr]
+
+
+def check_width(job: Job, traced: Trace, *, is_wide: bool) -> None:
+    """Refuse a job whose numbers JAX would cut to 32 bits without a word.
+
+    Args:
+        job: whose program it is.
+        traced: the program.
+        is_wide: whether numbers of 64 bits stay such where it is to run.
+
+    Raises:
+        JobError: they do not.
+    """
+    specs = [*traced.param_specs, *traced.input_specs]
+    specs += [spec for op in traced.ops for spec in op.specs]
+    dtypes = {s.dtype for s in specs if isinstance(s.dtype, np.dtype)}
+    wide = sorted(str(d) for d in dtypes if not is_wide and d in _WIDE)
+    if wide:
+        raise JobError(
+            f"job '{job.name}' has values of {', '.join(wide)}, which JAX takes for 32 "
+            f"bits here; set `jax_enable_x64` where `stfuse.fuse` and "
+            f"`stfuse.Engine` are called, too, not only where the job is made.",
+            jobs=(job.name,),
+        )
 
 
 def trace_body(op: Op) -> Trace:

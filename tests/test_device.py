@@ -127,16 +127,31 @@ def test_packed_numbers_take_ordinary_memory(dtype):
     np.testing.assert_array_equal(same, x)
 
 
-def test_numbers_of_64_bits_take_ordinary_memory():
+def test_numbers_of_64_bits_take_ordinary_memory_and_stay_such():
     device = JaxDevice(jax.devices("cpu")[0], is_pinned=True)
     assert type(device.allocate((3,), np.float64)) is np.ndarray
     with jax.enable_x64(True):
-        x = np.ones((1, 300), np.float64)
-        job = stfuse.Job("wide", lambda p, x: x * p, np.float64(2), x)
+        x = {"f": np.full((1, 300), 1 / 3), "i": np.array([[2**40]])}
+        job = stfuse.Job("wide", lambda p, x: (x["f"] * p, x["i"] + 1), 3.0, x)
         with stfuse.Engine(device=device) as engine:
             engine.add(job).result(60)
-            found = engine.infer("wide", x)
-    assert (found == 2).all()
+            ones, after = engine.infer("wide", x)
+    assert ones.dtype == np.float64 and (ones == 1.0).all()
+    assert after.dtype == np.int64 and after == 2**40 + 1
+
+
+def test_a_job_of_64_bits_is_refused_where_they_would_be_cut_to_32():
+    with jax.enable_x64(True):
+        x = np.ones((1, 3), np.float64)
+        job = stfuse.Job("wide", lambda p, x: x * p, np.float64(2), x)
+        fused = stfuse.fuse([job])
+        assert fused(fused.pack(), {"wide": x})["wide"].dtype == np.float64
+    with pytest.raises(stfuse.JobError, match=r"'wide'.*float64.*jax_enable_x64"):
+        stfuse.fuse([job])
+    with stfuse.Engine() as engine:
+        for is_wide in (True, False):
+            with jax.enable_x64(is_wide), pytest.raises(stfuse.JobError, match="wide"):
+                engine.add(job)
 
 
 def test_a_cpu_has_no_need_of_it():

@@ -55,6 +55,11 @@ with stfuse.Engine(device=THIRD) as engine:
         engine.add(job(i, FIRST)).result(100)
         same(engine.infer(f"j{i}", ROWS), jobs[i])
     same(engine.infer("j1", ROWS), jobs[5])
+
+with jax.default_device(FOURTH), stfuse.Engine() as engine:
+    assert engine._server.device.name == f"cpu:{FOURTH.id}"
+    engine.add(job(6)).result(100)
+    same(engine.infer("j6", ROWS), job(6))
 print("all equal")
 """
 
