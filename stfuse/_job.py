@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stfuse import _tree
+from stfuse import _flax, _tree
 from stfuse._errors import JobError
 from stfuse._lengths import Lengths, carried_axes
 from stfuse._types import ApplyFn
@@ -127,7 +127,7 @@ class Job:
         Raises:
             JobError: as for the constructor.
         """
-        return cls(name, _linen_fn(module, apply_kwargs), variables, example)
+        return cls(name, _flax.linen_fn(module, apply_kwargs), variables, example)
 
     @classmethod
     def from_nnx(cls, name: str, model: Any, example: Any) -> Job:
@@ -142,13 +142,14 @@ class Job:
             The job; its params are the model's state as a plain nested dict.
 
         Raises:
-            JobError: as for the constructor.
+            JobError: as for the constructor, or ``model`` is no ``nnx.Module``.
         """
-        from flax import nnx
-
-        graphdef, state = nnx.split(model)
-        apply_fn = _nnx_fn(graphdef, repr(graphdef))
-        return cls(name, apply_fn, nnx.to_pure_dict(state), example)
+        try:
+            apply_fn, params = _flax.nnx_parts(model)
+        except TypeError as error:
+            what = f"`stfuse.Job.from_nnx`: job '{name}': {error}"
+            raise JobError(what, jobs=(str(name),)) from None
+        return cls(name, apply_fn, params, example)
 
     def flatten_params(self, params: Any) -> list[Any]:
         """Return params' leaves in trace order, checked against the job's.
@@ -309,35 +310,6 @@ def _texts(tree: Any) -> str:
         f"{path or 'inputs'}: {_tree.describe(leaf)}"
         for path, leaf in _tree.leaves_with_paths(tree)
     )
-
-
-def _linen_fn(module: Any, apply_kwargs: dict[str, Any]) -> ApplyFn:
-    """Return one function per equal module, so that tenants share its trace."""
-    try:
-        kwargs = tuple(sorted(apply_kwargs.items()))
-        return _cached_linen_fn(module, kwargs, repr((module, kwargs)))
-    except TypeError:  # unhashable module fields or keyword arguments
-        return functools.partial(_apply_linen, module, apply_kwargs)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_linen_fn(module: Any, kwargs: Any, _text: str) -> ApplyFn:
-    # 1, 1.0 and True are equal keys but other programs: only their texts differ.
-    return functools.partial(_apply_linen, module, dict(kwargs))
-
-
-def _apply_linen(module: Any, kwargs: dict[str, Any], variables: Any, x: Any) -> Any:
-    return module.apply(variables, x, **kwargs)
-
-
-@functools.lru_cache(maxsize=64)
-def _nnx_fn(graphdef: Any, _text: str) -> ApplyFn:
-    from flax import nnx
-
-    def apply_fn(state: Any, x: Any) -> Any:
-        return nnx.merge(graphdef, state)(x)
-
-    return apply_fn
 
 
 def _lengths_of(job: Job) -> tuple[tuple[Job, ...], Lengths]:

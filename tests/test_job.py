@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +182,40 @@ def test_later_changes_to_an_nnx_model_do_not_reach_its_job():
     model.train()
     fused = stfuse.fuse([job], cost="cpu")
     np.testing.assert_allclose(fused(fused.pack(), {"a": x})["a"], expected, rtol=1e-6)
+
+
+class Configured(functions.Nnx):
+    """A model with an attribute that cannot be hashed."""
+
+    def __init__(self, seed, cfg):
+        super().__init__(seed)
+        self.cfg = cfg
+
+
+@pytest.mark.parametrize("cfg", [{"act": "relu"}, {1, 2}, slice(1, 2)], ids=repr)
+def test_an_nnx_model_may_have_attributes_that_cannot_be_hashed(cfg):
+    model = Configured(5, cfg)
+    model.eval()
+    x = BY_NAME["nnx"].inputs(3, 2)
+    fused = stfuse.fuse([stfuse.Job.from_nnx("a", model, x)], cost="cpu")
+    np.testing.assert_allclose(fused(fused.pack(), {"a": x})["a"], model(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (3, "found a int; pass a `flax.nnx.Module`, built"),
+        ("model", "found a str"),
+        (linear, "found a function"),
+        (functions.Nnx, "found a class Nnx"),
+        (nn.Dense(3), "found a Dense"),
+    ],
+)
+def test_what_is_no_nnx_model_is_refused_in_words(model, said):
+    with pytest.raises(stfuse.JobError) as caught:
+        stfuse.Job.from_nnx("a", model, np.ones((1, 4), "f"))
+    assert said in str(caught.value)
+    assert caught.value.jobs == ("a",)
 
 
 # Fusing and packing.

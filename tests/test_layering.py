@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "stfuse"
 # In import order: a file imports only files above it.
 ORDER = (
-    "_errors _types _turns _options _tree _lengths _job _inputs _fingerprint _program "
+    "_errors _types _turns _options _tree _lengths _flax _job _inputs "
+    "_fingerprint _program "
     "_trace _hoist _cost _rules _plan _draft _merge _align _lower _regions _values "
     "_together _evaluate _layout _bank _part _step _stacked _cache _tuned _fuse "
     "_metrics metrics _queues _buckets _shares _admission _company _scheduler "
