@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import types
 import weakref
 from collections.abc import Hashable
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -24,6 +25,23 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACED: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = (
     weakref.WeakKeyDictionary()
 )
+# An object of a class of its own may equal another that traces differently, or be
+# changed between two jobs: it is traced each time.
+_REMEMBERED = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+    type(jax.jit(len)),
+)
+# The options of JAX that a jaxpr depends on.
+_CONFIG = (
+    "jax_default_matmul_precision jax_enable_x64 jax_explicit_x64_dtypes "
+    "jax_default_prng_impl jax_enable_custom_prng jax_random_seed_offset "
+    "jax_threefry_partitionable jax_high_dynamic_range_gumbel "
+    "jax_numpy_dtype_promotion jax_numpy_rank_promotion jax_allow_f16_reductions "
+    "jax_softmax_custom_jvp jax_disable_jit"
+).split()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -270,16 +288,7 @@ def _traced(job: Job) -> tuple[Any, Any]:
         return jax.tree.map(lambda x: x[0], out)
 
     params = jax.tree.map(_traced_as, job.params)
-    specs, structure = jax.tree.flatten((params, job.row))
-    weak = (
-        (s.shape, s.dtype, s.weak_type) if _tree.is_spec(s) else type(s) for s in specs
-    )
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-    key = (*weak, structure, job.batched, precision, jax.config.jax_enable_x64)  # pyright: ignore
-    try:
-        memo = _TRACED.setdefault(job.apply_fn, {})
-    except TypeError:  # not hashable or not weakly referable: trace it each time
-        memo = {}
+    memo, key = _memo_of(job)
     if key not in memo:
         try:
             memo[key] = jax.make_jaxpr(row_fn, return_shape=True)(params, job.row)
@@ -294,6 +303,23 @@ def _traced(job: Job) -> tuple[Any, Any]:
                 f"{type(error).__name__}: {text}",
             ) from error
     return memo[key]
+
+
+def _memo_of(job: Job) -> tuple[dict[Hashable, Any], Hashable]:
+    """Return what is known of the job's function, and the key of this job's trace."""
+    params = jax.tree.map(_traced_as, job.params)
+    specs, structure = jax.tree.flatten((params, job.row))
+    weak = (
+        (s.shape, s.dtype, s.weak_type) if _tree.is_spec(s) else type(s) for s in specs
+    )
+    config = (getattr(jax.config, name, None) for name in _CONFIG)
+    key = (*weak, structure, job.batched, *config)
+    if type(job.apply_fn) not in _REMEMBERED:
+        return {}, key
+    try:
+        return _TRACED.setdefault(job.apply_fn, {}), key
+    except TypeError:  # not hashable or not weakly referable
+        return {}, key
 
 
 def _traced_as(x: Any) -> Any:

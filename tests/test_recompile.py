@@ -1,6 +1,7 @@
 """What is compiled stays compiled, and what is forgotten is freed."""
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import weakref
@@ -168,7 +169,46 @@ def test_a_shared_function_is_traced_again_for_what_changes_its_program():
     stfuse.Job("unbatched", apply_fn, p, x, batched=False)
     with jax.default_matmul_precision("bfloat16"):
         stfuse.Job("precision", apply_fn, p, x)
-    assert len(calls) == 8
+    with jax.numpy_dtype_promotion("strict"):
+        stfuse.Job("promotion", apply_fn, p, x)
+    with jax.default_prng_impl("rbg"):
+        stfuse.Job("randomness", apply_fn, p, x)
+    assert len(calls) == 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    by: float
+    plus: int = dataclasses.field(default=0, compare=False)
+
+    def __call__(self, params, x):
+        return x * self.by + self.plus + params
+
+
+def test_callables_that_are_equal_are_traced_apart():
+    x, p = np.ones((1, 2), np.int32), np.int32(0)
+    found = []
+    for scale in (Scale(2), Scale(2.0), Scale(2, plus=3)):
+        fused = stfuse.fuse([stfuse.Job("a", scale, p, x)], cost="cpu")
+        found.append(fused(fused.pack(), {"a": x})["a"])
+    assert [y.dtype for y in found] == [np.int32, np.float32, np.int32]
+    assert [float(y[0, 0]) for y in found] == [2, 2, 5]
+
+
+def test_a_callable_that_was_changed_is_traced_again():
+    class Shift:
+        by = 1
+
+        def __call__(self, params, x):
+            return x + self.by
+
+    shift, x = Shift(), np.zeros((1, 2), np.float32)
+    jobs = [stfuse.Job("one", shift, {}, x)]
+    shift.by = 2
+    jobs.append(stfuse.Job("two", shift, {}, x))
+    fused = stfuse.fuse(jobs, cost="cpu")
+    found = fused(fused.pack(), {"one": x, "two": x})
+    assert [float(found[k][0, 0]) for k in ("one", "two")] == [1, 2]
 
 
 class Scaled(nn.Module):
