@@ -152,6 +152,14 @@ def check_inputs(job: Job, inputs: Any, *, call: str) -> Checked:
             raise _refused(
                 call, job, f"inputs {texts} fit none of its lengths: {job.lengths}"
             )
+        unequal = job.lengths.unequal(shapes)
+        if unequal is not None:
+            texts = " and ".join(
+                f"{wheres[i]} has {shapes[i][axis]} along axis {axis + job.batched}"
+                for i, axis in unequal
+            )
+            what = f"{texts}; the outputs may be as long as either. Pass one size"
+            raise _refused(call, job, what)
         length = fitting
         leaves = [job.lengths.pad(x, i, length) for i, x in enumerate(leaves)]
         at_length = jax.tree.leaves(job.by_length[length].outputs)

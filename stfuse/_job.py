@@ -16,7 +16,7 @@ import numpy as np
 
 from stfuse import _flax, _tree
 from stfuse._errors import JobError
-from stfuse._lengths import Lengths, carried_axes
+from stfuse._lengths import Lengths, Shapes, carried_axes
 from stfuse._types import ApplyFn
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -352,6 +352,8 @@ def _lengths_of(job: Job) -> tuple[tuple[Job, ...], Lengths]:
     ranks = {tuple(map(len, _shapes(j.row))) for j in at_each}
     if len(ranks) > 1 or len({j.name for j in at_each}) != 1:
         raise _unusable(job, "the samples of example differ in rank")
+    if len({tuple(x.dtype for x in jax.tree.leaves(j.row)) for j in at_each}) > 1:
+        raise _unusable(job, "the samples of example differ in dtype; pass one for all")
     if len({_shapes(j.row) for j in at_each}) < len(at_each):
         raise _unusable(job, "two samples of example have the same shapes")
     try:
@@ -360,9 +362,35 @@ def _lengths_of(job: Job) -> tuple[tuple[Job, ...], Lengths]:
         values = [job.pad_values] * first.num_leaves
     if any(np.ndim(v) != 0 or not _tree.is_arraylike(v) for v in values):
         raise _unusable(job, "pad_values must be a number, or one for each input leaf")
-    rows, outputs = zip(*((_shapes(j.row), _shapes(j.outputs)) for j in at_each))  # noqa: B905
-    return tuple(at_each), Lengths(rows, tuple(values), carried_axes(rows, outputs))
+    return tuple(at_each), _fitted(at_each, tuple(values))
 
 
-def _shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
+def _fitted(at_each: list[Job], pad_values: tuple[Any, ...]) -> Lengths:
+    """Return how requests fit a job's lengths, from memory where possible."""
+    first = at_each[0]
+    leaves, structure = jax.tree.flatten(first.row)
+
+    def probe(shapes: Shapes) -> Shapes | None:
+        lead = (1,) if first.batched else ()
+        specs = [
+            jax.ShapeDtypeStruct((*lead, *shape), leaf.dtype)
+            for shape, leaf in zip(shapes, leaves, strict=True)
+        ]
+        try:
+            job = replace(first, example=jax.tree.unflatten(structure, specs))
+        except JobError:
+            return None
+        found = _shapes(job.outputs)
+        is_like = list(map(len, found)) == list(map(len, _shapes(first.outputs)))
+        return found if is_like else None
+
+    rows = tuple(_shapes(job.row) for job in at_each)
+    memo, key = _memo_of(first)
+    if (rows, key) not in memo:
+        outputs = [_shapes(job.outputs) for job in at_each]
+        memo[rows, key] = carried_axes(rows, outputs, probe)
+    return Lengths(rows, pad_values, memo[rows, key])
+
+
+def _shapes(tree: Any) -> Shapes:
     return tuple(leaf.shape for leaf in jax.tree.leaves(tree))

@@ -184,6 +184,7 @@ def test_padding_has_the_value_asked_for():
         ([np.zeros((1, 2), "f")] * 2, 0, "same shapes"),
         ([np.zeros((1, 2), "f"), np.zeros((1, 2, 2), "f")], 0, "rank"),
         ([np.zeros((1, 2), "f"), (np.zeros((1, 4), "f"),)], 0, "structure"),
+        ([np.zeros((1, 2), "f"), np.zeros((1, 4), "i4")], 0, "dtype"),
         ([np.zeros((1, 2), "f"), np.zeros((1, 4), "f")], "x", "pad_values"),
         ([np.zeros((1, 2), "f"), np.zeros((1, 4), "f")], [0, 1], "pad_values"),
     ],
@@ -197,12 +198,90 @@ def test_wrong_lengths_are_refused(example, pad_values, text):
 def test_carried_axes_are_those_that_follow_a_variable_input():
     inputs = [((4, 3), (7,)), ((8, 3), (7,))]
     outputs = [((4,), (3, 4), (2,), (7,)), ((8,), (3, 8), (4,), (7,))]
-    assert carried_axes(inputs, outputs) == (
-        ((0, 0),),
-        (None, (0, 0)),
-        (None,),  # halved, so it follows no input
-        (None,),
+    assert carried_axes(inputs, outputs, lambda shapes: None) == (
+        (((0, 0),),),
+        ((), ((0, 0),)),
+        ((),),  # halved, so it follows no input
+        ((),),
     )
+
+
+def cross(params, x):
+    """Attend from every target to all sources that are not padding."""
+    keys, queries = params[jnp.maximum(x["src"], 0)], params[jnp.maximum(x["tgt"], 0)]
+    scores = jnp.einsum("btd,bsd->bts", queries, keys)
+    scores = jnp.where(x["src"][:, None] >= 0, scores, -1e9)
+    return {"out": jax.nn.softmax(scores) @ keys, "keys": keys}
+
+
+def masked_cross(params, x):
+    """Attend as above, each side with a mask that must be as long as its ids."""
+    keys = params[x["src"]] * x["src_mask"][..., None]
+    queries = params[x["tgt"]] * x["tgt_mask"][..., None]
+    return {"out": jnp.einsum("btd,bsd,bse->bte", queries, keys, keys), "keys": keys}
+
+
+def both(src, tgt):
+    rng = np.random.default_rng((src, tgt))
+    tree = {"src": src, "tgt": tgt}
+    return {k: rng.integers(0, 7, (2, n)).astype(np.int32) for k, n in tree.items()}
+
+
+def both_masked(src, tgt):
+    inputs = both(src, tgt)
+    masks = {f"{k}_mask": np.ones((2, x.shape[1]), "f") for k, x in inputs.items()}
+    return {**inputs, **masks}
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "inputs_of", "pad_value"),
+    [(cross, both, -1), (masked_cross, both_masked, 0)],
+)
+@pytest.mark.parametrize("lengths", [(8, 16), (1, 8)])
+@pytest.mark.parametrize(("src", "tgt"), [(3, 6), (6, 3), (1, 8), (5, 5)])
+def test_an_output_is_cut_by_the_input_that_it_follows(
+    apply_fn, inputs_of, pad_value, lengths, src, tgt
+):
+    params = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    examples = [inputs_of(n, n) for n in lengths]
+    job = stfuse.Job("j", apply_fn, params, examples, pad_values=pad_value)
+    fused = stfuse.fuse([job], cost="cpu")
+    inputs = inputs_of(src, tgt)
+    assert_alone(job, inputs, fused(fused.pack(), {"j": inputs})["j"])
+
+
+def test_both_axes_of_a_square_are_cut_by_their_own_length():
+    examples = [np.zeros((1, n, n), np.float32) for n in (4, 8)]
+    job = stfuse.Job("j", lambda p, x: x * p, np.float32(2), examples, pad_values=0.0)
+    fused = stfuse.fuse([job], cost="cpu")
+    answer = fused(fused.pack(), {"j": np.ones((1, 2, 7), np.float32)})["j"]
+    np.testing.assert_array_equal(answer, np.full((1, 2, 7), 2.0))
+
+
+def test_what_an_output_may_follow_must_have_one_length():
+    job = encoder("e", 0)
+    fused = stfuse.fuse([job], cost="cpu")
+    inputs = {**request(3, 1), "mask": np.ones((1, 4), np.float32)}
+    with pytest.raises(stfuse.RequestError) as caught:
+        fused.stack({"e": inputs})
+    assert (
+        "inputs leaf 'ids' has 3 along axis 1 and inputs leaf 'mask' has 4 along axis "
+        "1; the outputs may be as long as either. Pass one size" in str(caught.value)
+    )
+
+
+def test_lengths_are_told_apart_once_for_all_tenants_of_a_function():
+    calls = []
+
+    def apply_fn(params, x):
+        calls.append(jax.tree.map(jnp.shape, x))
+        return x["ids"] + x["mask"] * params
+
+    for name in ("a", "b"):
+        examples = [sample(n) for n in (4, 8)]
+        stfuse.Job(name, apply_fn, np.float32(1), examples, pad_values=0)
+    sizes = [(call["ids"][1], call["mask"][1]) for call in calls]
+    assert sizes == [(4, 4), (8, 8), (8, 4), (4, 8)]
 
 
 def test_the_smallest_length_that_holds_a_request_is_taken():
