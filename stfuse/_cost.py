@@ -39,7 +39,7 @@ def resolve(cost: str | Cost) -> Cost:
         return cost
     if cost == "auto":
         return _measured(default_device())
-    if cost not in RECORDS:
+    if not isinstance(cost, str) or cost not in RECORDS:
         names = ", ".join(map(repr, ("auto", *RECORDS)))
         raise ValueError(
             f"`stfuse.fuse`: cost is {cost!r}; pass one of {names} or a `stfuse.Cost`."

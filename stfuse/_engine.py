@@ -107,7 +107,7 @@ class Engine:
     ) -> None:
         """Start its threads."""
         _options.check_sizes(max_batch_size=max_batch_size, max_slots=max_slots)
-        _options.check_delay(max_queue_delay_s)
+        _options.check_times(max_queue_delay_s, clock)
         self._max_batch_size = max_batch_size
         chosen = _options.policy_of(policy)
         own_most = (max_queue_size, max_queue_rows, max_queue_bytes)
@@ -279,7 +279,7 @@ class Engine:
         self._check_thread("infer")
         future = self.submit(name, inputs, deadline_s=timeout_s)
         try:
-            return future.result(timeout_s)
+            return future.result(_options.wait_of(timeout_s))
         except TimeoutError as error:
             raise self._too_late(name, timeout_s, future, error) from None
 
@@ -354,7 +354,7 @@ class Engine:
         self.close(drain=kind is None)
 
     def _tenant(self, call: str, name: str, error: type) -> Tenant:
-        tenant = self._server.tenants.get(name)
+        tenant = self._server.tenants.get(name) if isinstance(name, str) else None
         if tenant is None:
             names = ", ".join(list(self._server.tenants)[:8]) or "no jobs"
             raise error(

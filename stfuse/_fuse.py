@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from stfuse import _bank, _cost, _lower
+from stfuse import _bank, _cost, _lower, _options
 from stfuse._align import align
 from stfuse._bank import Bank
 from stfuse._cache import next_power_of_two
@@ -75,6 +75,9 @@ def fuse(
         >>> fused.plan.num_launches
         1
     """
+    if not isinstance(jobs, Iterable):
+        found = type(jobs).__name__
+        raise JobError(f"`stfuse.fuse`: found a {found}; pass a list of `stfuse.Job`s.")
     jobs = tuple(jobs)
     for job in jobs:
         if not isinstance(job, Job):
@@ -88,7 +91,7 @@ def fuse(
             f"`stfuse.fuse`: found {what}; pass one or more jobs, each named once.",
             jobs=tuple(twice),
         )
-    if max_waste is not None and not max_waste >= 0:
+    if max_waste is not None and not (_options.is_real(max_waste) and max_waste >= 0):
         raise ValueError(
             f"`stfuse.fuse`: max_waste is {max_waste!r}; pass a number >= 0, or None."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,9 @@ class Form:
             checked = Checked(leaves, rows)
         else:
             checked = check_inputs(self.job, inputs, call=call)
+            if any(map(_tree.is_tracer, checked.leaves)):
+                what = "found traced inputs; pass arrays, from outside of jax.jit"
+                raise _refused(call, self.job, what)
             checked.leaves = [leaf.tobytes() for leaf in checked.leaves]
         if checked.rows > most_rows:
             what = f"found {checked.rows} rows; expected at most max_batch_size = "
@@ -107,9 +111,15 @@ def check_seconds(job: Job, deadline_s: Any, *, call: str) -> float:
     Raises:
         RequestError: it is not.
     """
-    if not isinstance(deadline_s, int | float) or math.isnan(deadline_s):
+    try:
+        is_real = type(deadline_s) is float or isinstance(deadline_s, numbers.Real)
+        found = float(deadline_s) if is_real else math.nan
+    except OverflowError:  # too long to print, too
+        what = "deadline_s is a number of too many digits; pass seconds"
+        raise _refused(call, job, what) from None
+    if math.isnan(found):
         raise _refused(call, job, f"deadline_s is {deadline_s!r}; pass seconds")
-    return deadline_s
+    return found
 
 
 def check_inputs(job: Job, inputs: Any, *, call: str) -> Checked:
@@ -131,7 +141,7 @@ def check_inputs(job: Job, inputs: Any, *, call: str) -> Checked:
     try:
         found = structure.flatten_up_to(inputs)
     except (ValueError, TypeError) as error:
-        difference = _tree.first_difference(job.row, inputs) or str(error)
+        difference = _difference(job.row, inputs, error)
         raise _refused(call, job, f"inputs do not fit: {difference}") from None
     declared = _tree.leaves_with_paths(job.programs[-1].example)
     wheres = [f"inputs leaf '{path}'" if path else "inputs" for path, _ in declared]
@@ -166,6 +176,14 @@ def check_inputs(job: Job, inputs: Any, *, call: str) -> Checked:
         out_sizes = job.lengths.out_sizes(shapes, tuple(s.shape for s in at_length))
     rows = _check_shapes(call, job, job.programs[length], wheres, leaves)
     return Checked(leaves, rows, length, out_sizes)
+
+
+def _difference(expected: Any, found: Any, error: Exception) -> str:
+    """Return a text on how inputs differ, as far as they can be read."""
+    try:
+        return _tree.first_difference(expected, found) or str(error)
+    except Exception as unreadable:  # keys that do not sort, say
+        return str(unreadable)
 
 
 def _check_shapes(
@@ -218,14 +236,16 @@ def _to_array(call: str, job: Job, where: str, example: Any, row: Any, x: Any) -
             )
         if _tree.is_tracer(x):
             return x
+        if isinstance(x, jax.Array) and x.is_deleted():
+            raise _refused(call, job, f"{where} is a deleted array; pass a live one")
         return np.array(x, row.dtype, order="C", copy=None)
     try:
         raw = np.asarray(x)
         if raw.dtype.kind in "OSUMmV" or _kind(raw.dtype) > _kind(row.dtype):
             raise TypeError(f"{raw.dtype} does not convert to {row.dtype}")
         return np.array(x, row.dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        found = type(x).__name__
+    except Exception as error:  # an object converts itself by code of its own
+        found, text = type(x).__name__, str(error).split("\n")[0]
         raise _refused(
-            call, job, f"{where} is a {found}; expected {declared} array ({error})"
+            call, job, f"{where} is a {found}; expected {declared} array ({text})"
         ) from None

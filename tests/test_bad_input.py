@@ -16,6 +16,16 @@ def apply_fn(params, x):
 
 
 PARAMS = {"w": np.ones(3, np.float32)}
+DELETED = jax.numpy.ones((1, 3))
+DELETED.delete()
+
+
+class Unreadable:
+    """An object that says it is an array, and fails to be one."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise ZeroDivisionError("division by zero")
+
 
 # what is wrong: (arguments of Job, a piece of the message)
 WRONG_JOBS = {
@@ -141,6 +151,34 @@ WRONG_REQUESTS = {
         "'x' is a list",
     ),
     "text": ("job", {**X, "x": "abc"}, {}, stfuse.RequestError, "'x' is a str"),
+    "a deleted array": (
+        "job",
+        {**X, "x": DELETED},
+        {},
+        stfuse.RequestError,
+        "'x' is a deleted array",
+    ),
+    "keys that do not sort": (
+        "job",
+        {"u": ROW, 1: ROW},
+        {},
+        stfuse.RequestError,
+        "do not fit",
+    ),
+    "an object that fails": (
+        "job",
+        {**X, "x": Unreadable()},
+        {},
+        stfuse.RequestError,
+        r"'x' is a Unreadable; expected float32 array \(division by zero\)",
+    ),
+    "a deadline of many digits": (
+        "job",
+        X,
+        {"deadline_s": 10**5000},
+        stfuse.RequestError,
+        "too many digits",
+    ),
     "a deadline in the past": (
         "job",
         X,
@@ -232,3 +270,36 @@ def test_failure_04_a_wrong_request_says_what_is_wrong(engine, what):
     with pytest.raises(error, match=text) as caught:
         engine.submit(name, inputs, **options)
     assert caught.value.jobs == (name,)
+
+
+def test_traced_inputs_are_refused(engine):
+    def submit(x):
+        with pytest.raises(stfuse.RequestError, match="found traced inputs"):
+            engine.submit("job", {**X, "x": x})
+        with pytest.raises(stfuse.RequestError, match="'x' is a list"):
+            engine.submit("job", {**X, "x": [x]})
+        return x
+
+    jax.jit(submit)(ROW)
+
+
+def test_names_that_cannot_be_hashed_are_refused(engine):
+    with pytest.raises(stfuse.RequestError, match=r"found job '\['job'\]'"):
+        engine.submit(["job"], X)
+    for call in (lambda: engine.remove(["job"]), lambda: engine.swap(["job"], PARAMS)):
+        with pytest.raises(stfuse.JobError, match=r"found job '\['job'\]'"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_queue_delay_s": None}, "max_queue_delay_s is None; pass seconds"),
+        ({"batch_sizes": 3}, "batch_sizes is 3; pass a list"),
+        ({"clock": 3}, "clock is 3; pass a function"),
+        ({"switch_interval_s": "1"}, "switch_interval_s is '1'; pass seconds"),
+    ],
+)
+def test_a_wrong_option_of_an_engine_says_what_is_wrong(options, text):
+    with pytest.raises(ValueError, match=text):
+        stfuse.Engine(**options)

@@ -1,5 +1,8 @@
 """The engine's life: add, serve, swap, remove, on real and fake devices."""
 
+import asyncio
+import fractions
+import math
 import threading
 
 import numpy as np
@@ -39,6 +42,19 @@ def test_every_caller_gets_its_own_answer(policy):
     assert stats.queued == 0
     if policy != "space-time":
         assert stats.tenants_per_step == 1
+
+
+@pytest.mark.parametrize(
+    "seconds", [100, np.float32(100), np.int64(100), fractions.Fraction(100), math.inf]
+)
+def test_a_deadline_may_be_any_number(seconds):
+    with serve(affine_job("a")) as engine:
+        found = [
+            engine.submit("a", ROW, deadline_s=seconds).result(60),
+            engine.infer("a", ROW, timeout_s=seconds),
+            asyncio.run(engine.infer_async("a", ROW, timeout_s=seconds)),
+        ]
+    np.testing.assert_array_equal(found, [ROW * 3] * 3)
 
 
 def test_jobs_of_many_kinds_are_served_together():

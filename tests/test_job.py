@@ -222,6 +222,26 @@ def test_what_is_no_nnx_model_is_refused_in_words(model, said):
 
 WRONG_FUSES = {
     "no jobs": (lambda job: stfuse.fuse([]), stfuse.JobError, "found no jobs"),
+    "nothing": (
+        lambda job: stfuse.fuse(None),
+        stfuse.JobError,
+        "found a NoneType; pass a list",
+    ),
+    "a job": (
+        lambda job: stfuse.fuse(job),
+        stfuse.JobError,
+        "found a Job; pass a list",
+    ),
+    "waste of text": (
+        lambda job: stfuse.fuse([job], max_waste="a"),
+        ValueError,
+        "max_waste is 'a'; pass a number >= 0",
+    ),
+    "a list of costs": (
+        lambda job: stfuse.fuse([job], cost=["cpu"]),
+        ValueError,
+        "cost is ['cpu']; pass one of",
+    ),
     "no job": (lambda job: stfuse.fuse([job, 3]), stfuse.JobError, "found a int"),
     "twice": (lambda job: stfuse.fuse([job, job]), stfuse.JobError, "['job'] twice"),
     "waste": (
