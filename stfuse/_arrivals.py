@@ -61,7 +61,11 @@ def poisson(
 
     Returns:
         The trace, ascending in time.
+
+    Raises:
+        ValueError: the rate or the spread is not above 0.
     """
+    _check_positive("poisson", rate=rate, cv=cv)
     rng = np.random.default_rng(seed)
     shape = 1 / cv**2
     gaps = rng.gamma(shape, 1 / (rate * shape), num_requests)
@@ -81,7 +85,12 @@ def varying(
 
     Returns:
         The trace, ascending in time.
+
+    Raises:
+        ValueError: a rate is not above 0.
     """
+    for level in rates:
+        _check_positive("varying", rate=level)
     # The time at which as many requests as at rate 1 have come, on a fine grid.
     grid = np.union1d(np.linspace(times_s[0], times_s[-1], 4096), times_s)
     levels = np.interp(grid, times_s, rates)
@@ -168,3 +177,11 @@ def read_arrivals(path: str) -> Arrivals:
     order = np.argsort(due_s, kind="stable")
     first_s = due_s[order[0]] if len(order) else 0.0
     return Arrivals(due_s[order] - first_s, tenants[order])
+
+
+def _check_positive(call: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(
+                f"`{call}`: {name} is {value}; pass a finite number above 0."
+            )

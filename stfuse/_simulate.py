@@ -149,8 +149,8 @@ def simulate(
         What became of the requests.
 
     Raises:
-        ValueError: an empty cost table, times that are not positive or not ascending,
-            or an unknown policy.
+        ValueError: an empty cost table, times that are not positive, not finite or not
+            ascending, tenants or weights that are not N, or an unknown policy.
 
     Example:
         >>> trace = Arrivals(np.arange(50) / 100, np.arange(50) % 4)
@@ -159,7 +159,8 @@ def simulate(
         50
     """
     _check(trace, cost_table)
-    num = int(num_tenants or trace.tenants.max(initial=0) + 1)
+    num = _num_tenants(trace, num_tenants)
+    _check_options(num, weights, deadline_s)
     run = _Run(trace, num, weights, deadline_s)
     chosen = policy_of(policy)
     bounds = Bounds(max_queue_size)
@@ -190,14 +191,57 @@ def _check(trace: Arrivals, cost_table: Mapping[tuple[int, int], float]) -> None
             f"`simulate`: cost_table has {list(cost_table)}; it needs a bucket of one "
             f"slot, such as (1, 1)."
         )
-    if not all(step_s > 0 for step_s in cost_table.values()):
+    if not all(0 < step_s < math.inf for step_s in cost_table.values()):
         raise ValueError(
-            f"`simulate`: found times {dict(cost_table)}; all must be > 0."
+            f"`simulate`: found times {dict(cost_table)}; all must be > 0 and finite."
         )
     if len(trace.due_s) != len(trace.tenants) or (np.diff(trace.due_s) < 0).any():
         raise ValueError(
             "`simulate`: the trace's times and tenants must be as many, and the times "
             "ascending."
+        )
+    if not np.isfinite(trace.due_s).all():
+        i = int(np.argmin(np.isfinite(trace.due_s)))
+        raise ValueError(
+            f"`simulate`: request {i} of the trace is due at {trace.due_s[i]} s; all "
+            f"times must be finite."
+        )
+
+
+def _num_tenants(trace: Arrivals, asked: int | None) -> int:
+    """Return N, as asked for or as many as the trace has."""
+    tenants = np.asarray(trace.tenants)
+    if len(tenants) and (tenants.dtype.kind not in "iu" or tenants.min() < 0):
+        found = f"{tenants.min()} ({tenants.dtype})"
+        raise ValueError(
+            f"`simulate`: the trace has tenant {found}; pass whole numbers from 0."
+        )
+    least = int(tenants.max(initial=0)) + 1
+    if asked is None:
+        return least
+    if not isinstance(asked, int | np.integer) or asked < least:
+        raise ValueError(
+            f"`simulate`: num_tenants is {asked!r}; the trace has tenants up to "
+            f"{least - 1}: pass a whole number >= {least}, or None."
+        )
+    return int(asked)
+
+
+def _check_options(
+    num: int, weights: Sequence[float] | None, deadline_s: float | None
+) -> None:
+    if weights is not None and len(weights) != num:
+        raise ValueError(
+            f"`simulate`: found {len(weights)} weights for {num} tenants; pass one for "
+            f"each, or None."
+        )
+    if weights is not None and not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"`simulate`: weights are {list(weights)}; all must be > 0 and finite."
+        )
+    if deadline_s is not None and math.isnan(deadline_s):
+        raise ValueError(
+            f"`simulate`: deadline_s is {deadline_s}; pass seconds, or None."
         )
 
 

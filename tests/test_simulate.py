@@ -152,6 +152,52 @@ def test_what_cannot_be_simulated_is_refused(trace, table, policy, message):
         simulate(trace, table, policy)
 
 
+ONE = trace_of((0.0, 0), (1.0, 2))
+
+
+@pytest.mark.parametrize(
+    ("trace", "options", "message"),
+    [
+        (
+            trace_of((0.0, 0), (np.nan, 0)),
+            {},
+            "request 1 .* due at nan s; all .* finite",
+        ),
+        (trace_of((0.0, 0), (np.inf, 0)), {}, "request 1 .* due at inf s"),
+        (trace_of((0.0, -1)), {}, "tenant -1 .*whole numbers from 0"),
+        (trace_of((0.0, 0.5)), {}, "tenant 0.5"),
+        (ONE, {"num_tenants": 2}, "num_tenants is 2; .* up to 2: pass .* >= 3"),
+        (ONE, {"num_tenants": 0}, "num_tenants is 0"),
+        (ONE, {"num_tenants": 3.5}, "num_tenants is 3.5"),
+        (ONE, {"weights": [1, 1]}, "found 2 weights for 3 tenants"),
+        (ONE, {"weights": [1] * 4}, "found 4 weights for 3 tenants"),
+        (ONE, {"weights": [1, 0, 1]}, "weights are .1, 0, 1.; all must be > 0"),
+        (ONE, {"weights": [1, -1, 1]}, "weights are"),
+        (ONE, {"weights": [1, np.nan, 1]}, "weights are"),
+        (ONE, {"deadline_s": np.nan}, "deadline_s is nan"),
+    ],
+)
+def test_a_trace_and_its_tenants_must_fit(trace, options, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(trace, {(1, 1): 1.0}, **options)
+
+
+def test_there_may_be_tenants_that_ask_nothing():
+    run = simulate(ONE, {(1, 1): 1.0}, num_tenants=5, weights=(1, 2, 3, 4, 5))
+    assert run.answered == 2 and len(run.service_s) == 5
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, np.nan, np.inf])
+def test_a_rate_must_be_above_zero(rate):
+    with pytest.raises(ValueError, match="`poisson`: rate is"):
+        poisson(rate, 5, 1, seed=0)
+    with pytest.raises(ValueError, match="`poisson`: cv is"):
+        poisson(1.0, 5, 1, seed=0, cv=rate)
+    trace = poisson(1.0, 5, 1, seed=0)
+    with pytest.raises(ValueError, match="`varying`: rate is"):
+        varying(trace, [0, 1], [1, rate])
+
+
 def test_space_time_misses_at_most_a_tenth_of_what_time_misses(seed):
     options = {"deadline_s": 0.004, "num_tenants": 64}
     rate = 0.9 / TABLE[1, 1]  # of what ``time`` can serve at all
