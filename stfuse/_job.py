@@ -69,6 +69,8 @@ class Job:
             at the end of those axes to the smallest sample that holds it, with this
             value (one for all leaves, or a pytree of one per leaf), and its outputs
             are cut back along every axis that has such an axis's size in all samples.
+            Where several inputs have it, and trying does not tell which of them an
+            output follows (ids and their mask), a request must have one size there.
             The answer is ``apply_fn`` of the padded inputs, cut back: a model must
             know its padding, from a mask or from ``pad_values`` themselves.
 
