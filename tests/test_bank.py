@@ -236,6 +236,9 @@ def test_typed_keys_are_params_like_others():
         np.testing.assert_array_equal(data(found), data(key))
     (shared,) = _bank.pack(single(specs, 2), [[[keys[0]], [keys[0]]]]).stacks
     assert shared.shape == ()
+    columns = [[[keys[0]], [keys[1]]]]
+    (traced,) = jax.jit(lambda: _bank.pack(layout, columns))().stacks
+    np.testing.assert_array_equal(data(traced[:2]), data(keys[:2]))
 
 
 @given(st.integers(1, 1000))

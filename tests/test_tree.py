@@ -82,6 +82,8 @@ def test_bytes_and_not_values_are_compared():
     one, other = jax.random.key(0), jax.random.key(1)
     assert _tree.same_bytes(one, jax.random.key(0))
     assert not _tree.same_bytes(one, other)
+    known = jax.jit(lambda: [_tree.same_bytes(one, key) for key in (one, other)])()
+    assert known == [True, False]
 
 
 ONE_VALUE = {"zeros": np.zeros(3), "a number": 2.5, "ones": jnp.ones((2, 2))}
