@@ -45,7 +45,7 @@ def poison_of(dtype: Any) -> Any:
         return np.nan
     if np.issubdtype(dtype, np.bool_):
         return True
-    return np.iinfo(dtype).max
+    return jnp.iinfo(dtype).max
 
 
 def stack_of(op: Op, i: int, members: Sequence[Any], fill: Any) -> Stack:

@@ -63,7 +63,7 @@ def _in_range(ids: Stack, limits: np.ndarray, is_clip: bool) -> Stack:
         is_clip: whether to clamp them.
     """
     by_row = bool((limits != limits[0]).any())
-    top = np.minimum(limits if by_row else limits[:1], np.iinfo(ids.array.dtype).max)
+    top = np.minimum(limits if by_row else limits[:1], jnp.iinfo(ids.array.dtype).max)
     top = top.reshape(len(top), *(1,) * (len(ids.shape) - 1), *limits.shape[1:])
     array = ids.array if ids.is_stacked or not by_row else ids.array[None]
     top = jnp.asarray(top if ids.is_stacked or by_row else top[0], ids.array.dtype)
