@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stfuse import _rules
-from stfuse._program import Literal, Op, Trace, op_flops, shapes_of
+from stfuse._program import Literal, Op, Trace, has_while, op_flops, shapes_of
 from stfuse._trace import scan_parts, trace_body
 from stfuse._types import Cost
 
@@ -100,15 +100,24 @@ class Terms:
     def form(self, op: Op, shared: tuple[Hashable, ...]) -> tuple[int, int]:
         """Return an op's form, and what its operands share among all slots.
 
-        Loops may differ in length and in their bodies.
+        Loops may differ in their bodies, and most of them in length.
         """
         own = self.numbers.get(op.key)
         if own is None:
             is_loop = op.name == "scan" and op.primitive is not None
-            rule = ("scan", op.params["reverse"]) if is_loop else _rules.form(op)
+            rule = _loop_form(op) if is_loop else _rules.form(op)
             own = self.numbers[op.key] = self.number(("form", rule))
         is_shared = any(tag is not None for tag in shared)
         return own, self.number(("shared", shared)) if is_shared else -1
+
+
+def _loop_form(op: Op) -> Hashable:
+    """Return which way a scan goes, and its length, if it must not run for longer.
+
+    A loop in its body may never end on turns that are padding.
+    """
+    length = op.params["length"] if has_while(op.params) else None
+    return "scan", op.params["reverse"], length
 
 
 def singles(

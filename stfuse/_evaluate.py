@@ -3,7 +3,8 @@
 Rules:
     A launch of equal ops maps the primitive over its rows; a launch of unlike ops goes
     by the primitive's padding rule (`_rules`). An op over values that all slots share
-    runs once.
+    runs once. What JAX cannot map, or maps to something else, is done row by row
+    (`bind_mapped`).
     Scans of several species are one scan, whose body is evaluated the same way.
 """
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stfuse._fingerprint import Key
+from stfuse._tree import is_typed_key
 
 # Launches of their own on a device; XLA fuses the light ops around them.
 _HEAVY = frozenset(
@@ -84,7 +85,7 @@ class Op:
             params=params,
             flops=op_flops(self.name, params, shapes_of(in_specs), shapes_of(specs)),
             num_bytes=op_bytes((*in_specs, *specs)),
-            bind_fn=bind_with(self.primitive, params),
+            bind_fn=bind_mapped(self.primitive, params, (*in_specs, *specs)),
         )
 
 
@@ -135,6 +136,68 @@ def bind_with(primitive: Any, params: dict[str, Any]) -> Callable[..., tuple[Any
         return tuple(outs) if primitive.multiple_results else (outs,)
 
     return bind_fn
+
+
+def bind_mapped(
+    primitive: Any, params: dict[str, Any], specs: Sequence[Any]
+) -> Callable[..., tuple[Any, ...]]:
+    """Return what evaluates a primitive, and gives row by row the same when mapped.
+
+    Args:
+        primitive: what to bind.
+        params: its parameters.
+        specs: of its operands and outputs.
+    """
+    bind_fn = bind_with(primitive, params)
+    in_turn = jax.custom_batching.sequential_vmap(bind_fn)
+    if is_looped(primitive.name, params, specs):
+        return in_turn
+
+    def mapped_fn(*operands: Any) -> tuple[Any, ...]:
+        try:
+            return bind_fn(*operands)
+        except NotImplementedError:  # JAX cannot map it, or something inside it
+            return in_turn(*operands)
+
+    return mapped_fn
+
+
+def is_looped(name: str, params: dict[str, Any], specs: Sequence[Any]) -> bool:
+    """Return whether an op that is mapped is not what it is row by row, or never ends.
+
+    Keys of kinds other than the usual one draw other bits when mapped: by design, says
+    JAX. A branch becomes a select, so a loop in it runs where its branch is not taken;
+    and so does a loop in the body of one that goes on for others.
+
+    Args:
+        name: the primitive's name.
+        params: its parameters.
+        specs: of its operands and outputs.
+    """
+    if name == "pallas_call":  # a kernel's own branches stay branches
+        return False
+    if name == "rng_bit_generator":
+        return True
+    if name.startswith("random_") and any(map(_is_odd_key, specs)):
+        return True
+    bodies = {"while": "body_jaxpr", "cond": "branches"}.get(name)
+    if bodies is not None and has_while({bodies: params[bodies]}):
+        return True
+    return any(
+        is_looped(e.primitive.name, e.params, [v.aval for v in (*e.invars, *e.outvars)])
+        for e in _body_eqns(params)
+    )
+
+
+def has_while(params: dict[str, Any]) -> bool:
+    """Return whether a loop without a length is in the bodies of a primitive."""
+    return any(
+        e.primitive.name == "while" or has_while(e.params) for e in _body_eqns(params)
+    )
+
+
+def _is_odd_key(spec: Any) -> bool:
+    return is_typed_key(spec) and str(spec.dtype) != "key<fry>"
 
 
 def op_bytes(specs: Sequence[jax.ShapeDtypeStruct]) -> float:

@@ -11,11 +11,13 @@ Rules:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend import core as jex
 
 from stfuse import _tree
@@ -26,8 +28,10 @@ from stfuse._program import (
     Literal,
     Op,
     Trace,
+    bind_mapped,
     bind_with,
     is_inexact,
+    is_looped,
     op_bytes,
     op_flops,
     shapes_of,
@@ -129,23 +133,40 @@ def trace_vjp(job: Job, num_rows: int) -> Trace:
     def with_rows(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_rows, *spec.shape), spec.dtype)
 
-    def backward(params: Any, rows: Any, cotangents: Any) -> Any:
+    def backward(map_fn: Any, params: Any, rows: Any, cotangents: Any) -> Any:
         def apply(moving: Any) -> Any:
             values = merge_inexact((*params, *rows), moving)
-            outs = jax.vmap(
-                lambda x: _evaluate(job.jaxpr, values[:num_own], x), axis_size=num_rows
-            )(values[num_own:])
+            row_fn = partial(_evaluate, job.jaxpr, values[:num_own])
+            outs = map_fn(row_fn, values[num_own:], num_rows)
             return tuple(y for y in outs if is_inexact(y))
 
         moving = tuple(v for v in (*params, *rows) if is_inexact(v))
         return jax.vjp(apply, moving)[1](cotangents)[0]
 
-    jaxpr = jax.make_jaxpr(backward)(
+    specs = (
         forward.param_specs[:num_own],
         tuple(map(with_rows, forward.input_specs)),
         tuple(with_rows(s) for s in forward.out_specs if is_inexact(s)),
     )
+    try:
+        jaxpr = jax.make_jaxpr(partial(backward, _map_for(forward)))(*specs)
+    except NotImplementedError:  # JAX cannot map one of the ops
+        jaxpr = jax.make_jaxpr(partial(backward, _in_turn))(*specs)
     return _flatten(jaxpr, num_own, forward.consts)
+
+
+def _map_for(forward: Trace) -> Callable[..., Any]:
+    """Return what applies a program to all rows, as `bind_mapped` does to its ops."""
+    ops = ((op.name, op.params, (*op.in_specs, *op.specs)) for op in forward.ops)
+    return _in_turn if any(is_looped(*op) for op in ops) else _at_once
+
+
+def _at_once(row_fn: Callable[[Any], Any], rows: Any, num_rows: int) -> Any:
+    return jax.vmap(row_fn, axis_size=num_rows)(rows)
+
+
+def _in_turn(row_fn: Callable[[Any], Any], rows: Any, num_rows: int) -> Any:
+    return lax.scan(lambda _, x: (None, row_fn(x)), None, rows, length=num_rows)[1]
 
 
 def merge_inexact(values: Sequence[Any], moving: Sequence[Any]) -> tuple[Any, ...]:
@@ -291,7 +312,7 @@ def _op(eqn: Any, ins: list[Any], outs: list[_Value], numbers: dict[Any, int]) -
         params=params,
         flops=op_flops(name, params, shapes_of(in_specs), shapes_of(specs)),
         num_bytes=op_bytes((*in_specs, *specs)),
-        bind_fn=bind_with(eqn.primitive, params),
+        bind_fn=bind_mapped(eqn.primitive, params, (*in_specs, *specs)),
         key=Key((name, canonical(in_specs), canonical(specs), params_form(params))),
         primitive=eqn.primitive,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stfuse._program import Op, bind_with
+from stfuse._program import Op
 from stfuse._trace import trace_body
 
 _LAUNCHES = 8  # of a turn, that are enough; see BUILD_NOTES.md
@@ -37,4 +37,4 @@ def steps_per_turn(ops: Sequence[Op]) -> int:
 def in_turns(op: Op, *operands: Any) -> tuple[Any, ...]:
     """Compute the scan of one job, several steps a turn."""
     params = {**op.params, "unroll": steps_per_turn([op])}
-    return bind_with(op.primitive, params)(*operands)
+    return op.at(op.in_specs, op.specs, params).bind_fn(*operands)
