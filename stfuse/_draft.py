@@ -12,6 +12,7 @@ import numpy as np
 from stfuse import _rules
 from stfuse._program import Literal, Op, Trace, has_while, op_flops, shapes_of
 from stfuse._trace import scan_parts, trace_body
+from stfuse._tree import is_typed_key
 from stfuse._types import Cost
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -112,12 +113,14 @@ class Terms:
 
 
 def _loop_form(op: Op) -> Hashable:
-    """Return which way a scan goes, and its length, if it must not run for longer.
+    """Return which way a scan goes, and what of it cannot be padded.
 
-    A loop in its body may never end on turns that are padding.
+    A loop in its body may never end on turns that are padding; keys have none.
     """
     length = op.params["length"] if has_while(op.params) else None
-    return "scan", op.params["reverse"], length
+    specs = enumerate((*op.in_specs, *op.specs))
+    keys = tuple((i, spec.shape) for i, spec in specs if is_typed_key(spec))
+    return "scan", op.params["reverse"], length, keys
 
 
 def singles(

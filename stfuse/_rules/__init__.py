@@ -23,6 +23,7 @@ from stfuse._rules._base import (
     to_stacked,
     widest,
 )
+from stfuse._tree import is_typed_key
 
 __all__ = [
     "ELEMENTWISE",
@@ -52,10 +53,12 @@ ELEMENTWISE = frozenset(_elementwise.RULES)
 def form(op: Op) -> Hashable:
     """Return an op's form: ops of equal forms may share a launch."""
     rule = RULES.get(op.name)
-    own = rule.form(op) if rule else None
+    specs = (*op.in_specs, *op.specs)
+    # A key has no zero to pad with, or to mask.
+    own = None if any(map(is_typed_key, specs)) or not rule else rule.form(op)
     if own is None:
         return ("equal", op.key)
-    types = tuple((len(s.shape), s.dtype) for s in (*op.in_specs, *op.specs))
+    types = tuple((len(s.shape), s.dtype) for s in specs)
     return (op.name, types, own)
 
 

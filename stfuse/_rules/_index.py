@@ -39,11 +39,8 @@ _UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
 
 
 def _is_odd(op: Op) -> bool:
-    """Return whether an op has an empty operand, or one that zero cannot pad."""
-    return any(
-        0 in s.shape or jnp.issubdtype(s.dtype, jax.dtypes.extended)
-        for s in (*op.in_specs, *op.specs)
-    )
+    """Return whether an op has an empty operand, or output."""
+    return any(0 in s.shape for s in (*op.in_specs, *op.specs))
 
 
 def _bind(merge: Merge, operands: Sequence[Stack], out: tuple[int, ...]) -> Stack:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -290,9 +289,7 @@ def _slice_by_index(merge: Merge, x: Stack) -> list[Stack]:
 # Pad
 
 
-def _pad_form(op: Op) -> Hashable | None:
-    if jnp.issubdtype(op.specs[0].dtype, jax.dtypes.extended):
-        return None  # no zero to mask with
+def _pad_form(op: Op) -> Hashable:
     return tuple((int(low), int(gap)) for low, _, gap in op.params["padding_config"])
 
 
