@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any
 
 from absl import logging
@@ -293,6 +292,9 @@ class Engine:
             inputs: as for `submit`.
             timeout_s: as for `infer`.
 
+        Returns:
+            The outputs.
+
         Raises:
             DeadlineError: no answer in time; the request is given up.
             RequestError, QueueFullError, ClosedError, DeviceError: as for `submit`.
@@ -344,12 +346,7 @@ class Engine:
         """Return the engine."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         """Close; drain unless an exception is on its way."""
         self.close(drain=kind is None)
 
