@@ -149,15 +149,14 @@ def bind_mapped(
         specs: of its operands and outputs.
     """
     bind_fn = bind_with(primitive, params)
-    in_turn = jax.custom_batching.sequential_vmap(bind_fn)
     if is_looped(primitive.name, params, specs):
-        return in_turn
+        return jax.custom_batching.sequential_vmap(bind_fn)
 
     def mapped_fn(*operands: Any) -> tuple[Any, ...]:
         try:
             return bind_fn(*operands)
         except NotImplementedError:  # JAX cannot map it, or something inside it
-            return in_turn(*operands)
+            return jax.custom_batching.sequential_vmap(bind_fn)(*operands)
 
     return mapped_fn
 
