@@ -360,6 +360,24 @@ def test_a_trunk_that_unlike_heads_share_is_one_unbatched_product():
     lockstep.run(fused, requests)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4])
+def test_ids_of_four_bits_find_what_they_find_alone(dtype):
+    numbers = lax.GatherDimensionNumbers((), (0,), (0,))
+
+    def look_up(ids, x):
+        found = lax.gather(x[0], ids[:, None], numbers, (1,), mode="clip")
+        cut = lax.dynamic_slice(x[0], ids[:1], (2,))
+        return {"found": found[None], "cut": cut[None]}
+
+    ids = jnp.asarray([7, 2, 4], dtype)
+    rows = {str(n): np.arange(n, dtype="f")[None] for n in (4, 7)}
+    jobs = [stfuse.Job(name, look_up, ids, x) for name, x in rows.items()]
+    fused = stfuse.fuse(jobs, cost="h200")
+    outs = fused(fused.pack(), rows)
+    for name, x in rows.items():
+        cases.assert_bitwise(outs[name], alone(fused.jobs[name], x))
+
+
 def _eqns(jaxpr):
     """Yield every equation, those of bodies included."""
     for eqn in jaxpr.eqns:

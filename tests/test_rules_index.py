@@ -149,9 +149,9 @@ def test_tables_of_any_type_are_filled_alike(dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", ["i1", "u4", jnp.int4, jnp.uint4])
+@pytest.mark.parametrize("dtype", ["i1", "u4"])
 def test_ids_of_any_type(mode, dtype):
-    ids = (jnp.iinfo(dtype).max, 1, 3)
+    ids = (np.iinfo(dtype).max, 1, 3)
     rows = [(x, ids, mode) for x in (drawn(300, 2), drawn(5, 2))]
     check("gather", [taken(*row, dtype=dtype) for row in rows])
     check("scatter", [given_to("scatter", *row, dtype=dtype) for row in rows])
