@@ -1,5 +1,8 @@
 """A step waits for company: until when, for whom, and what ends that sooner."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -113,7 +116,9 @@ def test_a_wait_ends_as_soon_as_who_was_beyond_its_share_has_a_claim_again():
 @pytest.mark.parametrize("deadline_s", [None, 1e12])
 def test_a_wait_may_be_without_end(deadline_s):
     jobs = [affine_job(name) for name in "ab"]
-    with serve(*jobs, max_queue_delay_s=float("inf"), device=FakeDevice()) as engine:
+    # Steps so long that two slots are better than one, whatever else this machine does.
+    device = FakeDevice(SimpleNamespace(advance=time.sleep), step_s=0.05)
+    with serve(*jobs, max_queue_delay_s=float("inf"), device=device) as engine:
         first = engine.submit("a", ROW, deadline_s=deadline_s)
         with pytest.raises(TimeoutError):
             first.result(0.1)
