@@ -101,7 +101,8 @@ class Queues:
         self._expiring: list[Any] = []
         self._heads: list[float] = []  # finite deadlines of first requests, sorted
         self._parked: dict[str | None, list[Tenant]] = {}
-        self._num_stamps = self._num_steps = self._num_slots = 0
+        self._num_stamps = 0
+        self.num_steps = self.num_slots = 0  # so far, and of the last step
         self._step_s = 0.0  # of the last step
         self._virtual_s = 0.0  # what most who were served last had: idling is no credit
 
@@ -131,7 +132,7 @@ class Queues:
             return
         if not queue:
             tenant.service_s = max(tenant.service_s, self._virtual_s)
-            tenant.level_s, tenant.since = self._virtual_s, self._num_steps
+            tenant.level_s, tenant.since = self._virtual_s, self.num_steps
             self.waiting[tenant.name] = tenant
             if not tenant.is_parked:
                 self._since[tenant.name] = tenant
@@ -166,8 +167,8 @@ class Queues:
     def charge(self, tenants: Sequence[Tenant], costs_s: Sequence[float]) -> None:
         """Add what tenants of one step cost to their service, before they leave it."""
         self._step_s = sum(costs_s)
-        self._num_steps += 1
-        self._num_slots = len(tenants)
+        self.num_steps += 1
+        self.num_slots = len(tenants)
         # Not the least: whoever comes back would be ahead of all who wait, always, and
         # those who ask for a little more than others would starve beside the rest.
         # Each once, however many slots it has, or a busy one would be its own measure.
@@ -175,7 +176,7 @@ class Queues:
         self._virtual_s = max(self._virtual_s, levels_s[len(levels_s) // 2])
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
             tenant.service_s += cost_s / tenant.weight
-            tenant.level_s, tenant.since = self._virtual_s, self._num_steps
+            tenant.level_s, tenant.since = self._virtual_s, self.num_steps
             if self._since.pop(tenant.name, None):
                 self._since[tenant.name] = tenant
 
@@ -268,8 +269,8 @@ class Queues:
         longest = next(iter(self._since.values()), None)
         if longest is None or self._is_round_robin:
             return None
-        num_slots = (self._num_steps - longest.since) * self._num_slots
-        return longest if num_slots > _ROUNDS * len(self._since) else None
+        passed = (self.num_steps - longest.since) * self.num_slots
+        return longest if passed > _ROUNDS * len(self._since) else None
 
     def _first_expiring(self) -> Any:
         heap = self._expiring

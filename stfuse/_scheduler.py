@@ -90,7 +90,6 @@ class Scheduler:
         self._queues = Queues(policy, self._emptied)
         self._tenants: dict[str, Tenant] = {}
         self._lanes: dict[str, LaneBuckets] = {}
-        self._num_steps = self._num_slots = 0
         self._is_contended = False
 
     @property
@@ -115,7 +114,7 @@ class Scheduler:
         Then one more on the device keeps it busy; else it would be emptier than need
         be, and whoever comes next would wait for both.
         """
-        return len(self._queues.waiting) >= self._num_slots
+        return len(self._queues.waiting) >= self._queues.num_slots
 
     def queued(self, tenant: str) -> tuple[int, ...]:
         """Return a tenant's waiting requests, in the order they would run."""
@@ -210,7 +209,7 @@ class Scheduler:
         self, seen: list[Tenant], now_s: float, expired: list[int]
     ) -> Iterator[Tenant]:
         """Take tenants in the order to be served; drop what cannot be in time."""
-        turn = self._num_steps % _BEST_EFFORT_EVERY
+        turn = self._queues.num_steps % _BEST_EFFORT_EVERY
         is_patient_first = turn == _BEST_EFFORT_EVERY - 1
         pace, until_s = self._admission.pace, -math.inf
         if self._is_contended:
@@ -359,14 +358,12 @@ class Scheduler:
         """Remove chunks from the queues, and charge their tenants."""
         step_s = lane.ready[bucket].step_s
         row_s = step_s / sum([chunk.rows for chunk in chunks])
-        self._num_steps += 1
-        self._num_slots = len(chunks)
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
         if self._shares:
             self._shares.spend(chunks, self._claims, lane, bucket, now_s)
         for tenant, chunk in zip(tenants, chunks, strict=True):
-            tenant.turn = self._num_steps
+            tenant.turn = self._queues.num_steps
             self._queues.drop(tenant, chunk.requests)
         self._is_contended = len(self._queues) > 0
         slot_s = lane.slot_s(chunks[0].species, bucket.rows)

@@ -82,9 +82,10 @@ def factors(y: Any, operand: Any) -> list[Any]:
         operand: what they are of a step: its number, or a literal.
     """
     if isinstance(operand, Literal):
-        mantissa, exponent = math.frexp(abs(np.asarray(operand.value).item()))
+        value = np.asarray(operand.value).item()
+        mantissa, exponent = math.frexp(abs(value))
         if mantissa == 0.5 and abs(exponent) < 14:  # exact, in short floats too
-            return [jnp.full_like(y, 1 / np.asarray(operand.value).item())]
+            return [jnp.full_like(y, 1 / value)]
     y = y.astype(jnp.float32)
     size, one = jnp.abs(y), jnp.ones_like(y)
     large, small = jnp.full_like(y, 2.0**64), jnp.full_like(y, 2.0**-64)
