@@ -32,15 +32,19 @@ from stfuse._draft import (
 # Beyond this many pairs of heavy ops, only those near the diagonal are compared.
 _MAX_PAIRS = 4_000
 
+Pairs = list[tuple[int, int]]  # numbers of launches: of a profile, of a species
 
-def merge(profile: list[Draft], own: list[Draft], s: int, terms: Terms) -> list[Draft]:
+
+def merge(
+    profile: list[Draft], own: list[Draft], pairs: Pairs, s: int, terms: Terms
+) -> list[Draft]:
     """Merge one species into the launches of those before it.
 
     The launches of ``profile`` take it in; what finds no partner stands between them.
+    ``pairs`` are those of `match`.
     """
     if not profile:
         return own
-    pairs = _match_heavy(profile, own, s, terms)
     merged = _Merging(profile, own, s, terms)
     at, start = 0, 0
     for there, here in [*pairs, (len(profile), len(own))]:
@@ -54,9 +58,9 @@ def merge(profile: list[Draft], own: list[Draft], s: int, terms: Terms) -> list[
     return merged.ordered()
 
 
-def _match_heavy(
-    profile: list[Draft], own: list[Draft], s: int, terms: Terms
-) -> list[tuple[int, int]]:
+def match(
+    profile: Sequence[Draft], own: Sequence[Draft], s: int, terms: Terms
+) -> Pairs:
     """Return the pairs of heavy launches that save the most time, in order.
 
     A pair that does not continue the one before it pays a little: what flows between
@@ -65,6 +69,8 @@ def _match_heavy(
     left = [i for i, d in enumerate(profile) if d.op.is_heavy]
     right = [i for i, d in enumerate(own) if d.op.is_heavy]
     n, m = len(left), len(right)
+    if not n or not m:
+        return []
     band = m if n * m <= _MAX_PAIRS else max(_MAX_PAIRS // n, 16)
     gap_s = terms.cost.launch_s / 4
     theirs, ours = [profile[i] for i in left], [own[j] for j in right]
@@ -353,7 +359,8 @@ def _joint(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
 
 def _joint_scan(target: Draft, draft: Draft, s: int, terms: Terms) -> Joint | None:
     """Return a loop that runs the bodies of one more species, aligned inside."""
-    body = merge(copied(target.body or ()), copied(draft.body or ()), s, terms)
+    theirs, ours = copied(target.body or ()), copied(draft.body or ())
+    body = merge(theirs, ours, match(theirs, ours, s, terms), s, terms)
     heavy = [d for d in body if d.op.is_heavy]
     if heavy and not any(s in d.members and len(d.members) > 1 for d in heavy):
         return None  # only the loops themselves would be one

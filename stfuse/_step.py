@@ -82,6 +82,15 @@ def make_step(
     return step
 
 
+def compiler_options(plan: Plan) -> dict[str, str]:
+    """Return what XLA is told of a step: where jobs differ, much of it is independent.
+
+    On a GPU a step is a CUDA graph, in which such launches need not be in a sequence.
+    """
+    is_mixed = len(plan.species) > 1 and plan.cost.source != "cpu"
+    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if is_mixed else {}
+
+
 def _shelves(layout: Layout, stacks: Iterable[int]) -> dict[int, int]:
     """Return which arrays of a bank the stacks that stand on shelves are in."""
     places = {i: layout.array_of(i) for i in stacks}

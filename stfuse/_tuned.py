@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from stfuse import _tree
+from stfuse._cache import config_key
 from stfuse._lower import _measure
 from stfuse._plan import Plan
+from stfuse._step import compiler_options
 
 _MANY_SLOTS = 32  # a step of all of them apart would compile for minutes
 
@@ -36,7 +38,7 @@ class TunedStep:
             plan: what it computes.
             lowering: one of `_lower.LOWERINGS`.
         """
-        self.lowering = lowering
+        self.lowering, self._options = lowering, compiler_options(plan)
         self._build_fn, self._plan = build_fn, plan
         self._steps: dict[str, Any] = {}
         self._chosen: dict[Hashable, Any] = {}
@@ -44,16 +46,24 @@ class TunedStep:
 
     def __call__(self, stacks: Any, slots: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """Run the step; the first call of some shapes may measure."""
-        if not self._is_tuned:
-            return self.jitted(self.lowering)(stacks, slots, inputs)
+        given = (stacks, slots, inputs)
+        if not (self._is_tuned or self._options):
+            return self.jitted(self.lowering)(*given)
         key = (
             tuple(x if x is None else np.shape(x) for x in slots),
             tuple(x if x is None else x.shape for x in inputs),
+            config_key() if self._options else None,
         )
         step = self._chosen.get(key)
         if step is None:
-            step = self._choose(key, (stacks, slots, inputs))
-        return step(stacks, slots, inputs)
+            step = self._choose(key, given)
+        try:
+            return step(*given)
+        except (TypeError, ValueError):
+            if not self._options:
+                raise
+        # What is compiled ahead of time is not to be traced, and is for one device.
+        return self.jitted(self.lowering)(*given)
 
     def jitted(self, mode: str) -> Any:
         """Return the jitted step of a lowering."""
@@ -66,14 +76,20 @@ class TunedStep:
         step = self.jitted(self.lowering)
         if any(map(_tree.is_tracer, jax.tree.leaves(given))):
             return step  # a part of a larger program, which decides what is compiled
-        _, slots, inputs = given
-        rows = max(x.shape[1] for x in inputs if x is not None)
-        if _measure.is_worth_step(self._plan.launches, rows, self._plan.cost):
+        mode = self.lowering
+        if self._is_tuned and self._is_worth_measuring(given[2]):
             modes = {mode: self.jitted(mode) for mode in self._modes()}
             given = jax.device_put(given)
-            step = modes[_measure.fastest_step(modes, given, self.lowering)]
+            mode = _measure.fastest_step(modes, given, self.lowering)
+        step = self.jitted(mode)
+        if self._options:  # which a jit inside another one may not have
+            step = step.lower(*given).compile(self._options)
         self._chosen[key] = step
         return step
+
+    def _is_worth_measuring(self, inputs: Sequence[Any]) -> bool:
+        rows = max(x.shape[1] for x in inputs if x is not None)
+        return _measure.is_worth_step(self._plan.launches, rows, self._plan.cost)
 
     def _modes(self) -> list[str]:
         num_slots = sum(len(one.members) for one in self._plan.species)

@@ -45,6 +45,16 @@ bank = fused.swap(bank, "j3", jobs[0].params)
 assert bank.stacks[0].sharding == by_slot
 same(fused(bank, {"j3": ROWS})["j3"], jobs[0])
 
+# Compiled ahead of time, as on a GPU, a step is for one device; others get their own.
+wide = stfuse.Job("wide", apply_fn, np.ones((3, 7), np.float32), ROWS)
+mixed = stfuse.fuse([jobs[0], wide], cost="h200")
+for device in (FIRST, SECOND):
+    bank = jax.device_put(mixed.pack(), device)
+    for own in (ROWS, jax.device_put(ROWS, device)):
+        found = mixed(bank, {"j0": own, "wide": own})
+        same(found["j0"], jobs[0])
+        same(found["wide"], wide)
+
 with stfuse.Engine(device=THIRD) as engine:
     for ready in [engine.add(job(i, SECOND)) for i in range(3)]:
         ready.result(100)

@@ -1,5 +1,6 @@
 """The whole step in several ways: all are right, and the fastest is used."""
 
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tests import cases
 from tests.cases import BY_NAME, CASES, alone, assert_same
 
 ROWS = (3, 1, 2)
+OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def run(fused, mode, bank, requests):
@@ -92,3 +94,50 @@ def test_a_step_that_is_told_what_to_do_is_not_measured(live):
         fused = stfuse.fuse(jobs, cost="cpu", lowering=lowering)
         bank = fused.pack()
         fused(bank, cases.requests(BY_NAME["conv"], fused, (1, 1)))
+
+
+def unlike():
+    """Return the fused step of two unlike jobs as for a GPU, and their requests."""
+    jobs = [cases.job(BY_NAME[name], 0) for name in ("conv", "mlp")]
+    fused = stfuse.fuse(jobs, cost="h200", lowering="heuristic")
+    requests = {job.name: BY_NAME[job.name.split(".")[0]].inputs(0, 2) for job in jobs}
+    return fused, requests
+
+
+def test_xla_is_told_that_unlike_jobs_run_beside_each_other_on_a_gpu():
+    assert unlike()[0]._step._options == OPTIONS
+    jobs = [cases.job(BY_NAME["mlp"], seed) for seed in (0, 1)]
+    assert not stfuse.fuse(jobs, cost="h200")._step._options
+    jobs[1] = cases.job(BY_NAME["conv"], 0)
+    assert not stfuse.fuse(jobs, cost="cpu")._step._options
+    with pytest.raises(Exception, match="No such compile option"):  # so it has ours
+        jax.jit(abs).lower(1.0).compile({f"{key}S": v for key, v in OPTIONS.items()})
+
+
+def test_a_step_that_is_compiled_with_options_may_be_traced():
+    fused, requests = unlike()
+    bank = fused.pack()
+
+    def check(outs):
+        for name, out in outs.items():
+            expected = alone(fused.jobs[name], requests[name])
+            assert_same(out, expected, BY_NAME[name.split(".")[0]])
+
+    def call(requests=requests):
+        return fused(bank, requests)
+
+    check(call())
+    (compiled,) = fused._step._chosen.values()
+    assert isinstance(compiled, jax.stages.Compiled)
+    check(jax.jit(call)(requests))
+    check(jax.jit(call)())
+    twice = jax.tree.map(lambda x: np.stack([x, x]), requests)
+    for i in (0, 1):
+        check(jax.tree.map(lambda x, i=i: x[i], jax.vmap(call)(twice)))
+    total = jax.grad(lambda bank: sum(map(np.sum, fused(bank, requests).values())))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(total(bank)))
+    check(call())
+    assert len(fused._step._chosen) == 1
+    with jax.default_matmul_precision("float32"):  # another program
+        check(call())
+    assert len(fused._step._chosen) == 2

@@ -27,7 +27,7 @@ from jax import lax
 from stfuse._lower import _tiles
 from stfuse._program import Literal
 from stfuse._regions._block import Here, Places, stored
-from stfuse._regions._record import Place, Region, block
+from stfuse._regions._record import PRODUCT, Place, Region, block
 
 
 def run(
@@ -190,11 +190,18 @@ class _Kernel:
         return [x for x in labels if len(set(self.region.labels.sizes[x])) > 1]
 
     def _num_warps(self) -> int:
-        values = self.region.values
-        most = max(
-            math.prod(self.region.extents[x] for x in block(self.region, v))
-            for v in values
-        )
+        region = self.region
+
+        def sides(value: int) -> list[int]:
+            own = block(region, region.values[value])
+            return [region.extents[x] for x in own]
+
+        # A matrix unit takes 16 rows: more warps would only wait for one another.
+        products = [x.output for x in region.steps if x.ops[0].name == PRODUCT]
+        if products:
+            rows = min(max(sides(value), default=1) for value in products)
+            return min(max(rows // 16, 1), 8)
+        most = max(math.prod(sides(i)) for i in range(len(region.values)))
         # A row of 512 in four warps takes 2 us where it takes 3 in one.
         return min(max(_tiles.power(most // 128), 1), 4 if most <= 4096 else 8)
 
