@@ -355,7 +355,7 @@ def test_a_device_is_told_of_unlike_jobs(monkeypatch):
 
     monkeypatch.setattr(DEVICE, "compile", compile_fn)
     for cost, widths in ((CPU, (3, 5)), (H200, (3, 3)), (H200, (3, 5))):
-        jobs = [network(name, 0, width) for name, width in zip("ab", widths, strict=True)]
+        jobs = [network("a", 0, widths[0]), network("b", 0, widths[1])]
         lane = build(*jobs, name=f"told {cost.source} {widths}", cost=cost)
         bucket = Bucket(tuple(lane.capacities), 7)  # of which no step is compiled yet
         _lane.compile_bucket(lane, bucket, DEVICE, cost=cost)
