@@ -1,6 +1,5 @@
 """The whole step in several ways: all are right, and the fastest is used."""
 
-
 import jax
 import numpy as np
 import pytest
