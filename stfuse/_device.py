@@ -170,7 +170,7 @@ class JaxDevice:
                 ``jax.ShapeDtypeStruct``.
             compiler_options: XLA's.
         """
-        options = dict(compiler_options or {})
+        options: dict[str, str | bool] = dict(compiler_options or {})
         if self._is_pinned and all(map(_can_be_pinned, jax.tree.leaves(specs[1:]))):
             try:
                 return self._compile_pinned(step_fn, options, *specs)
