@@ -1,6 +1,6 @@
-"""Make the README's table, and the plots, from what was measured: `make figures`.
+"""Make the README's tables, and the plots, from what was measured: `make figures`.
 
-It reads the rows under examples/results. No number is typed by hand: the table stands
+It reads the rows under examples/results. No number is typed by hand: a table stands
 between two marks, and a test compares it with the rows.
 """
 
@@ -14,11 +14,11 @@ from examples import records
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADING = "## Four ways to share a GPU"
-BEGIN = "<!-- policies table: made by make figures -->"
-END = "<!-- end of policies table -->"
+BEGIN, END = "<!-- {} table: made by make figures -->", "<!-- end of {} table -->"
 BEFORE = "## Where things are"  # the section that it stands before
 WAYS = ("exclusive", "time", "space", "space-time")
 ALL_WAYS = ("space-time", "in turn", "time", "space", "exclusive")  # then PyTorch's
+RIVALS = ("time", "space", "in turn", "torch", "exclusive")
 PLOTS = {  # file: a panel each, x, y, its name and scale
     "gemm": ("shape", "R", "per_s", "products per second", "linear"),
     "models": ("model", "R", "per_s", "requests per second", "log"),
@@ -77,12 +77,10 @@ def policies_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def about(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the sentence above the table: what, where, when."""
-    key, of = rows[0]["key"], rows[-1]["about"]
-    days = sorted({row["about"]["date"] for row in rows})
-    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    key = rows[0]["key"]
     return (
-        f"{key['tenants']} {key['model']}, batch 1, {of['device']}, jax {of['jax']}, "
-        f"{when} (`python -m examples.bench_policies`):"
+        f"{key['tenants']} {key['model']}, batch 1, {when(rows)} "
+        "(`python -m examples.bench_policies`):"
     )
 
 
@@ -100,15 +98,70 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def with_table(readme: str, table: str) -> str:
-    """Return a README with the table in its place, which is made if need be."""
-    section = f"{BEGIN}\n{table}\n{END}"
-    if BEGIN in readme:
-        before, _, rest = readme.partition(BEGIN)
-        _, _, after = rest.partition(END)
+def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of `examples.bench_paper`'s whole models as Markdown.
+
+    Args:
+        rows: of the files of its parts ``models`` and ``mixed``.
+
+    Returns:
+        A sentence, and a line per set of models: requests per second in one fused step,
+        and how many times those of each way at its best that is.
+    """
+    best: dict[str, dict[str, float]] = {}
+    for row in rows:
+        key, per_s = row["key"], row["values"].get("per_s")
+        if per_s is None or key["scale"] != "full":
+            continue
+        is_mixed = key["part"] == "mixed"
+        of = f"{key['models']} mixed" if is_mixed else f"{key['R']} {key['model']}"
+        way = "torch" if key["way"].startswith("torch") else key["way"]
+        own = best.setdefault(of, {})
+        own[way] = max(per_s, own.get(way, 0.0))
+    lines = [
+        f"{when(rows)} (`python -m examples.bench_paper`, parts models and mixed):",
+        "",
+        f"| models | space-time/s | {' | '.join(RIVALS)} |",
+        f"|---|---|{'---|' * len(RIVALS)}",
+    ]
+    for of, own in best.items():
+        ours = own.get("space-time")
+        if ours is not None:
+            times = [ours / own[way] if way in own else None for way in RIVALS]
+            cells = [of, f"{ours:,.0f}", *(number(x, ".2f") for x in times)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def when(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return where rows were measured, and from when to when."""
+    of, days = rows[-1]["about"], sorted({row["about"]["date"] for row in rows})
+    span = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"{of['device']}, jax {of['jax']}, {span}"
+
+
+def with_table(readme: str, table: str, name: str = "policies") -> str:
+    """Return a README with a table in its place, which is made if need be."""
+    begin, end = BEGIN.format(name), END.format(name)
+    section = f"{begin}\n{table}\n{end}"
+    if begin in readme:
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
         return before + section + after
     before, mark, after = readme.partition(BEFORE)
     return f"{before}{HEADING}\n\n{section}\n\n{mark}{after}"
+
+
+def with_tables(readme: str, folder: pathlib.Path) -> str:
+    """Return a README with the tables that a folder has the rows of."""
+    files = {"policies": ("policies",), "models": ("models", "mixed")}
+    makers = {"policies": policies_table, "models": models_table}
+    for name, stems in files.items():
+        paths = [folder / f"{stem}.json" for stem in stems]
+        rows = [row for path in paths if path.exists() for row in records.read(path)]
+        if rows:
+            readme = with_table(readme, makers[name](rows), name)
+    return readme
 
 
 def plots(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -189,19 +242,16 @@ def draw(
 
 
 def main(argv: list[str]) -> None:
-    """Write the README's table and the plots; of another folder if one is named."""
+    """Write the README's tables and the plots; of another folder if one is named."""
     folder = pathlib.Path(*argv[1:2] or [ROOT / "examples" / "results"])
     for path in plots(folder):
         print(f"drew {path}")
-    path = folder / "policies.json"
-    if not path.exists():
-        print(f"nothing to write: {path} is not there; run examples.bench_policies")
+    if not any(folder.glob("*.json")):
+        print(f"nothing to write: {folder} has no rows; run examples.bench_policies")
         return
     readme = ROOT / "README.md"
-    readme.write_text(
-        with_table(readme.read_text(), policies_table(records.read(path)))
-    )
-    print(f"wrote the table of {readme}")
+    readme.write_text(with_tables(readme.read_text(), folder))
+    print(f"wrote the tables of {readme}")
 
 
 if __name__ == "__main__":

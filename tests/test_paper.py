@@ -286,14 +286,30 @@ def test_walls_and_spread_are_ratios():
     assert found["over_alone"] == pytest.approx(1.2 / 1.1)
 
 
-def test_the_readme_has_the_table_that_the_rows_make():
-    path = ROOT / "examples" / "results" / "policies.json"
+def test_the_readme_has_the_tables_that_the_rows_make():
     readme = (ROOT / "README.md").read_text()
-    if not path.exists():
-        assert figures.BEGIN not in readme and figures.HEADING not in readme
-    else:
-        rows = records.read(path)
-        assert figures.with_table(readme, figures.policies_table(rows)) == readme
+    assert figures.with_tables(readme, ROOT / "examples" / "results") == readme
+    for name in ("policies", "models"):
+        assert readme.count(figures.BEGIN.format(name)) == 1
+
+
+def test_a_line_of_models_says_how_many_times_the_best_of_each_way_it_is(tmp_path):
+    kept = records.Records(tmp_path / "models.json")
+    base = {"part": "models", "model": "m", "R": 4, "scale": "full"}
+    for way, per_s in (("space-time", 3000.0), ("in turn", 100.0), ("time", 50.0)):
+        kept.add({**base, "way": way}, {"per_s": per_s})
+    for processes, per_s in ((2, 1000.0), (4, 800.0)):
+        key = {**base, "way": "space", "processes": processes}
+        kept.add(key, {"per_s": per_s})
+    for way, per_s in (("torch streams", 1200.0), ("torch vmap", 1500.0)):
+        kept.add({**base, "way": way}, {"per_s": per_s})
+    kept.add({**base, "way": "work"}, {"flops": 1.0})
+    kept.add({"part": "mixed", "models": 6, "scale": "full", "way": "time"}, {})
+    table = figures.models_table(kept.rows)
+    assert table.splitlines()[-1] == "| 4 m | 3,000 | 60.00 | 3.00 | 30.00 | 2.00 | - |"
+    readme = f"a\n{figures.BEGIN.format('models')}\nold\n{figures.END.format('models')}"
+    assert table in figures.with_tables(readme, tmp_path)
+    assert "old" not in figures.with_tables(readme, tmp_path)
 
 
 def test_the_table_is_made_of_rows_and_takes_its_place(tmp_path):
@@ -320,7 +336,7 @@ def test_the_table_is_made_of_rows_and_takes_its_place(tmp_path):
     readme = f"a\n\n{figures.BEFORE}\n\nb\n"
     once = figures.with_table(readme, table)
     assert once.index(figures.HEADING) < once.index(figures.BEFORE) and table in once
-    assert figures.with_table(once, "new").count(figures.BEGIN) == 1
+    assert figures.with_table(once, "new").count(figures.BEGIN.format("policies")) == 1
     assert figures.with_table(figures.with_table(once, "new"), table) == once
 
 
