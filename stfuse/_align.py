@@ -6,8 +6,8 @@ Rules:
     a matter of cost: launch + max(bytes / bandwidth, flops / rate), at the padded
     shape, must be less together than apart, within ``max_waste``.
     Species are merged one by one, the longest first, into one sequence of launches;
-    on a GPU, where sequences run beside each other, into few: one that would share too
-    little of a sequence, and make it much longer, begins its own.
+    where launches overlap, into few: one that would share too little of a sequence, and
+    make it much longer, begins its own.
     Heavy ops are aligned by dynamic programming; light ones follow what they read: two
     that read the same launches share one, so that their operands already line up.
     An op whose operands are shared by all slots joins only ops that share the same.
@@ -34,10 +34,10 @@ from stfuse._types import Cost
 # it: cnn8 at 0.94 of the speed apart, resnet_18_34 0.97. mlp12 saves 1.7 %, was faster.
 _LEAST_SAVED = 0.01
 
-# On a GPU a species leaves at most so many heavy ops, or this part of its own, without
-# a partner in the sequence that it joins. MobileNetV2 shares 60 % with ResNet-50,
-# ResNet-34 55 %, ResNet-18 all with ResNet-34: six kinds, four jobs each, took 1,453 us
-# on an H200 in few sequences after each other, 1,228 beside each other, now 1,081.
+# Where launches overlap a species leaves at most so many heavy ops, or this part of its
+# own, without a partner in the sequence that it joins. MobileNetV2 shares 60 % with
+# ResNet-50, ResNet-34 55 %, ResNet-18 all with ResNet-34. Four jobs each of six kinds
+# on an H200: 1,453 us without overlap, 1,228 with it, 1,081 with such sequences, too.
 _MOST_SOLO, _MOST_SOLO_PART = 8, 1 / 3
 
 
@@ -50,6 +50,7 @@ def align(
     shares: Sequence[Sequence[Hashable]] | None = None,
     banks: Sequence[Hashable] | None = None,
     counts: Sequence[int] | None = None,
+    is_concurrent: bool = False,
 ) -> Plan:
     """Decide which ops share a launch.
 
@@ -62,6 +63,7 @@ def align(
             slots share it; None where each slot has its own.
         banks: per species a mark that is equal for programs of the same jobs.
         counts: slots per species, if there are more than jobs.
+        is_concurrent: whether launches that wait for nothing of one another overlap.
 
     Returns:
         The plan; its lowerings are still to be chosen.
@@ -75,7 +77,8 @@ def align(
     )
     marks = shares or [()] * len(species)
     programs = {s: one.trace for s, one in enumerate(species)}
-    drafts = _worth_it(_schedule(programs, marks, terms), programs, marks, terms)
+    chains = _schedule(programs, marks, terms, is_concurrent)
+    drafts = _worth_it(chains, programs, marks, terms)
     solo = _why_solo(drafts, terms) if len(species) > 1 else {}
     return Plan(
         names=tuple(names),
@@ -106,9 +109,12 @@ def schedule(
 
 
 def _schedule(
-    programs: Mapping[int, Trace], marks: Sequence[Sequence[Hashable]], terms: Terms
+    programs: Mapping[int, Trace],
+    marks: Sequence[Sequence[Hashable]],
+    terms: Terms,
+    is_concurrent: bool = False,
 ) -> list[Draft]:
-    """Merge programs into few sequences of launches, the longest first."""
+    """Merge programs into one sequence of launches, or few; the longest first."""
     by_length = sorted(
         programs, key=lambda s: (-sum(op.is_heavy for op in programs[s].ops), s)
     )
@@ -116,29 +122,30 @@ def _schedule(
     for s in by_length:
         tags = dict(enumerate(marks[s]))
         own = singles(s, programs[s], tags, terms)
-        i, pairs = _chain_of(chains, own, s, terms)
-        chains[i : i + 1] = [
-            merge(chains[i], own, pairs, s, terms) if chains[i:] else own
-        ]
+        found = [match(chain, own, s, terms) for chain in chains]
+        i = _chain_of(chains, own, found) if is_concurrent else 0
+        if chains[i:]:
+            chains[i] = merge(chains[i], own, found[i], s, terms)
+        else:
+            chains.append(own)
     return list(itertools.chain(*chains))
 
 
 def _chain_of(
-    chains: Sequence[list[Draft]], own: Sequence[Draft], s: int, terms: Terms
-) -> tuple[int, Pairs]:
-    """Return which sequence a species joins, and its pairs there; none if it is new."""
-    if terms.cost.source == "cpu":
-        return 0, match(chains[0], own, s, terms) if chains else []
-    found = [match(chain, own, s, terms) for chain in chains]
-    num_heavy = sum(draft.op.is_heavy for draft in own)
+    chains: Sequence[list[Draft]], own: Sequence[Draft], found: Sequence[Pairs]
+) -> int:
+    """Return which sequence a species joins, by its pairs with each; the next if none.
+
+    Weights that both read are read once.
+    """
     for i, (chain, pairs) in enumerate(zip(chains, found, strict=True)):
         if any(chain[there].form[1] >= 0 for there, _ in pairs):
-            return i, pairs  # weights that both read are read once
+            return i
     i = max(range(len(chains)), key=lambda i: len(found[i]), default=0)
+    num_heavy = sum(draft.op.is_heavy for draft in own)
     most_solo = max(_MOST_SOLO, _MOST_SOLO_PART * num_heavy)
-    if chains and num_heavy - len(found[i]) <= most_solo:
-        return i, found[i]
-    return len(chains), []
+    is_near = bool(chains) and num_heavy - len(found[i]) <= most_solo
+    return i if is_near else len(chains)
 
 
 def _worth_it(

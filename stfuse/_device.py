@@ -8,7 +8,7 @@ memory are calls of their own, and each gives the interpreter away.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,12 +41,12 @@ class _PinnedOutputs(tuple[Any, ...]):
 class _PinnedStep:
     """A compiled step whose inputs and outputs are in pinned memory."""
 
-    def __init__(self, jitted: Any, specs: Sequence[Any], options: Any) -> None:
+    def __init__(self, jitted: Any, specs: Sequence[Any]) -> None:
         """Compile."""
         lowered = jitted.lower(*specs)
         if not all(map(_can_be_pinned, jax.tree.leaves(lowered.out_info))):
             raise TypeError("outputs that fill no whole bytes, or are of 64 bits")
-        compiled = lowered.compile(options)
+        compiled = lowered.compile()
         self._call, self.memory_analysis = compiled, compiled.memory_analysis
 
     def __call__(self, bank: Any, *staged: Sequence[Any]) -> Any:
@@ -156,32 +156,24 @@ class JaxDevice:
         buffer.array = array
         return buffer
 
-    def compile(
-        self,
-        step_fn: Callable[..., Any],
-        *specs: Any,
-        compiler_options: Mapping[str, str] | None = None,
-    ) -> Callable[..., Any]:
+    def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
         """Compile a step ahead of time for this device.
 
         Args:
             step_fn: what to compile.
             *specs: of the bank, the slots and the inputs, each a pytree of
                 ``jax.ShapeDtypeStruct``.
-            compiler_options: XLA's.
         """
-        options: dict[str, str | bool] = dict(compiler_options or {})
         if self._is_pinned and all(map(_can_be_pinned, jax.tree.leaves(specs[1:]))):
             try:
-                return self._compile_pinned(step_fn, options, *specs)
+                return self._compile_pinned(step_fn, *specs)
             except Exception as error:  # if it is not about that, it comes again
                 text = "stfuse: a step is compiled without pinned memory: %s"
                 logging.warning(text, error)
-        lowered = jax.jit(step_fn).lower(*_at(self._sharding, specs))
-        return lowered.compile(options)
+        return jax.jit(step_fn).lower(*_at(self._sharding, specs)).compile()
 
     def _compile_pinned(
-        self, step_fn: Callable[..., Any], options: Any, bank: Any, *staged: Any
+        self, step_fn: Callable[..., Any], bank: Any, *staged: Any
     ) -> Callable[..., Any]:
         own = self._sharding.with_memory_kind(self._device.default_memory().kind)
 
@@ -189,7 +181,7 @@ class JaxDevice:
             return step_fn(bank, *jax.device_put(staged, own))
 
         specs = _at(own, bank), *_at(self._pinned, staged)
-        return _PinnedStep(jax.jit(step, out_shardings=self._pinned), specs, options)
+        return _PinnedStep(jax.jit(step, out_shardings=self._pinned), specs)
 
     def put(self, tree: Any) -> Any:
         """Copy arrays to the device, unless they are there."""

@@ -128,8 +128,7 @@ class Fused:
         traces = [trace(p) for _, _, p in self._programs]
         species = group(traces)
         bank_of = self._bank_of(species)
-        sizes = [len(one.members) for one in species]
-        shares = _bank.marks(self._columns(species), sizes)
+        shares = _bank.marks(self._columns(species), [len(x.members) for x in species])
         plan = align(
             self._labels(),
             traces,
@@ -137,6 +136,7 @@ class Fused:
             max_waste=max_waste,
             shares=shares,
             banks=bank_of,
+            is_concurrent=cost.source != "cpu",  # as `TunedStep` has it compiled
         )
         self._species = plan.species
         self._where = self._slots_of()

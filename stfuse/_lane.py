@@ -18,7 +18,7 @@ from stfuse._layout import Layout, lay_out
 from stfuse._plan import Plan, Species, group
 from stfuse._program import Trace
 from stfuse._stacked import LeafPlaces
-from stfuse._step import compiler_options, make_step
+from stfuse._step import make_step
 from stfuse._types import Bucket, Cost, Device
 
 
@@ -344,9 +344,7 @@ def compile_bucket(
 
     def build(mode: str) -> Callable[..., Any]:
         step_fn = make_step(lane.plan, lane.layout, cost=cost, lowering=mode)
-        options = compiler_options(lane.plan)
-        told = {"compiler_options": options} if options else {}
-        return device.compile(step_fn, stacks, slots, inputs, **told)
+        return device.compile(step_fn, stacks, slots, inputs)
 
     def build_any() -> Callable[..., Any]:
         try:

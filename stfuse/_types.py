@@ -260,16 +260,8 @@ class Device(Protocol):
         """What it is called; devices of one name share compiled steps."""
         ...
 
-    def compile(
-        self,
-        step_fn: Callable[..., Any],
-        *specs: Any,
-        compiler_options: Mapping[str, str] | None = None,
-    ) -> Callable[..., Any]:
-        """Compile ``step_fn`` ahead of time for arguments like ``specs``.
-
-        Only steps of unlike jobs on a GPU have ``compiler_options``, XLA's.
-        """
+    def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
+        """Compile ``step_fn`` ahead of time for arguments like ``specs``."""
         ...
 
     def put(self, tree: Any) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -145,18 +145,12 @@ class FakeDevice:
         """Let steps finish again."""
         self._open.set()
 
-    def compile(
-        self,
-        step_fn: Callable[..., Any],
-        *specs: Any,
-        compiler_options: Mapping[str, str] | None = None,
-    ) -> Callable[..., Any]:
+    def compile(self, step_fn: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
         """Compile for the real device, or raise ``compile_error``.
 
         Args:
             step_fn: what to compile.
             *specs: per argument a pytree of ``jax.ShapeDtypeStruct``.
-            compiler_options: XLA's.
 
         Returns:
             The compiled step.
@@ -169,7 +163,7 @@ class FakeDevice:
             raise self.compile_error
         if not self._computes:
             return _zeros(step_fn, *specs)
-        return self._real.compile(step_fn, *specs, compiler_options=compiler_options)
+        return self._real.compile(step_fn, *specs)
 
     def put(self, tree: Any) -> Any:
         """Copy arrays to the real device.

@@ -106,24 +106,27 @@ def test_jobs_that_share_are_not_parted_for_those_that_hardly_do():
     assert [x.jobs for x in plan.launches[:2]] == [("c", "d")] * 2
 
 
-def test_on_a_gpu_a_long_job_that_shares_little_goes_beside_the_others():
-    deep, gpu = [4, 8] * 13, RECORDS["h200"]
+def test_where_launches_overlap_a_job_that_shares_little_goes_beside_the_others():
+    def align_gpu(jobs, is_concurrent=True, **options):
+        return align(jobs, RECORDS["h200"], is_concurrent=is_concurrent, **options)
+
+    deep = [4, 8] * 13
     jobs = [job("a", *deep), job("b", *deep[:-1]), job("c", *deep[:9])]
     wide = [np.ones((4, 8), "f"), *[np.ones((8, 8), jnp.bfloat16)] * 17]
     for num_alike in (0, 8, 17):  # those of the other type find no partner
         params = [*wide[:1], *(w.astype("f") for w in wide[1:][:num_alike])]
         other = stfuse.Job("d", dense, params + wide[1 + num_alike :], jobs[0].example)
         beside = ((0,), (1, 2, 3)) if num_alike < 17 else ((0, 1, 2, 3),)
-        assert components(4, align([other, *jobs], gpu).nodes) == beside
+        assert components(4, align_gpu([other, *jobs]).nodes) == beside
     # Eight of its own, or weights that are kept once: it stays in the sequence.
     few = stfuse.Job("d", dense, wide[:1] + wide[-8:], jobs[0].example)
-    assert components(4, align([few, *jobs], gpu).nodes) == ((0, 1, 2, 3),)
+    assert components(4, align_gpu([few, *jobs]).nodes) == ((0, 1, 2, 3),)
     other = stfuse.Job("d", dense, wide, jobs[0].example)
     marks = [("trunk", *[None] * (len(x.params) - 1)) for x in (other, *jobs)]
-    plan = align([other, *jobs], gpu, shares=marks)
+    plan = align_gpu([other, *jobs], shares=marks)
     assert components(4, plan.nodes) == ((0, 1, 2, 3),)
-    # On a CPU, too: there launches beside each other are no cheaper.
-    assert components(4, align([other, *jobs]).nodes) == ((0, 1, 2, 3),)
+    plan = align_gpu([other, *jobs], is_concurrent=False)
+    assert components(4, plan.nodes) == ((0, 1, 2, 3),)
 
 
 def test_a_lone_job_has_no_solo_launches():

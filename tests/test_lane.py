@@ -344,20 +344,3 @@ def test_a_step_whose_regions_a_compiler_refuses_is_compiled_without(monkeypatch
     given = lane.bank.stacks, slots, ones
     for actual, expected in zip(step(*given), plain(*given), strict=True):
         np.testing.assert_array_equal(actual, expected)
-
-
-def test_a_device_is_told_of_unlike_jobs(monkeypatch):
-    told = []
-
-    def compile_fn(step_fn, *specs, **options):
-        told.append(options)
-        return JaxDevice.compile(DEVICE, step_fn, *specs, **options)
-
-    monkeypatch.setattr(DEVICE, "compile", compile_fn)
-    for cost, widths in ((CPU, (3, 5)), (H200, (3, 3)), (H200, (3, 5))):
-        jobs = [network("a", 0, widths[0]), network("b", 0, widths[1])]
-        lane = build(*jobs, name=f"told {cost.source} {widths}", cost=cost)
-        bucket = Bucket(tuple(lane.capacities), 7)  # of which no step is compiled yet
-        _lane.compile_bucket(lane, bucket, DEVICE, cost=cost)
-    option = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-    assert told == [{}, {}, {"compiler_options": option}]
