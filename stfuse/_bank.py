@@ -94,23 +94,28 @@ def alias(
 
 
 def marks(
-    columns: Sequence[Sequence[Leaves]], capacities: Sequence[int]
+    columns: Sequence[Sequence[Leaves]],
+    capacities: Sequence[int],
+    bank_of: Sequence[int],
 ) -> list[list[Hashable]]:
     """Return which leaves all jobs of a species share, marked by what they are.
 
     Args:
         columns: per species, per job, its leaves; specs for values are fine.
         capacities: slots per species.
+        bank_of: per species its bank; equal for programs of the same jobs, which hold
+            the same objects and are one holder.
 
     Returns:
         Per species, per leaf: a mark, equal for equal arrays wherever they are; or
         None where each slot has its own. A species of one slot shares with nobody but
         those that hold the same object.
     """
-    holders: dict[int, int] = {}
-    for column in columns:
-        for x in {id(leaves[i]): 0 for leaves in column for i in range(len(leaves))}:
-            holders[x] = holders.get(x, 0) + 1
+    holders: dict[int, set[int]] = {}
+    for b, column in zip(bank_of, columns, strict=True):
+        for leaves in column:
+            for i in range(len(leaves)):
+                holders.setdefault(id(leaves[i]), set()).add(b)
     known: dict[str, list[Any]] = {}
 
     def mark(leaf: Any) -> Hashable:
@@ -129,7 +134,7 @@ def marks(
             [
                 mark(leaves[0])
                 if is_shared(leaves, capacity)
-                and (capacity > 1 or holders[id(leaves[0])] > 1)
+                and (capacity > 1 or len(holders[id(leaves[0])]) > 1)
                 else None
                 for leaves in own
             ]

@@ -128,7 +128,8 @@ class Fused:
         traces = [trace(p) for _, _, p in self._programs]
         species = group(traces)
         bank_of = self._bank_of(species)
-        shares = _bank.marks(self._columns(species), [len(x.members) for x in species])
+        sizes = [len(one.members) for one in species]
+        shares = _bank.marks(self._columns(species), sizes, bank_of)
         plan = align(
             self._labels(),
             traces,
@@ -150,12 +151,11 @@ class Fused:
             param_bytes=held,
         )
         vjps = [self._vjps(s) for s in range(len(plan.species))]
+        build_fn = functools.partial(
+            make_step, plan, self._layout, cost=cost, vjps=vjps
+        )
         self._step = TunedStep(
-            lambda mode: make_step(
-                plan, self._layout, cost=cost, lowering=mode, vjps=vjps
-            ),
-            self.plan,
-            lowering,
+            lambda mode: build_fn(lowering=mode), self.plan, lowering
         )
 
     def pack(self, params: Mapping[str, Any] | None = None) -> Bank:

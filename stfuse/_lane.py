@@ -118,7 +118,7 @@ def build(
     ]
     names = [[programs[i][0].job.name for i in one.members] for one in species]
     bank_of = _bank.alias(names, columns)
-    shares = _bank.marks(columns, capacities)
+    shares = _bank.marks(columns, capacities, bank_of)
     plan = align(
         [m.job.name for m, _ in programs],
         traces,

@@ -346,10 +346,14 @@ def test_unshare_makes_room_for_one_species_and_changes_no_slot_of_either(drawn)
             assert wider.stacks[i].shape[0] == layout.rows_of(i)
 
 
+def marks_of(columns, capacities, bank_of=None):
+    return _bank.marks(columns, capacities, bank_of or range(len(columns)))
+
+
 @given(unlike())
 def test_what_is_marked_alike_is_kept_once(drawn):
     layout, columns, _ = drawn
-    marks = _bank.marks(columns, layout.capacities)
+    marks = marks_of(columns, layout.capacities)
     stacks = _bank.pack(layout, columns).stacks
     for i, buffer in enumerate(layout.params):
         found = {marks[b][leaf] for b, leaf in buffer.members}
@@ -363,9 +367,8 @@ def test_marks_say_which_leaves_all_slots_share_and_what_they_are():
         [[A, A, zeros, A], [A.copy(), A + 1, zeros.copy(), A.astype("f")]],
         [[A.copy(), A + 1, zeros], [A.copy(), A + 1, zeros]],
     ]
-    (same, differs, accident, cast), (other, next_one, purpose) = _bank.marks(
-        columns, [2, 2]
-    )
+    first, (other, next_one, purpose) = marks_of(columns, [2, 2])
+    same, differs, accident, cast = first
     assert same is not None and same == other
     assert differs is None and accident is None and cast is None
     assert next_one is not None and next_one != same
@@ -374,17 +377,20 @@ def test_marks_say_which_leaves_all_slots_share_and_what_they_are():
 
 def test_marks_of_a_lone_slot_take_the_same_object():
     twin = A.copy()
-    assert _bank.marks([[[A]], [[twin]]], [1, 1]) == [[None], [None]]
-    (one,), (other,), (third,) = _bank.marks([[[A]], [[A]], [[A], [twin]]], [1, 1, 2])
+    assert marks_of([[[A]], [[twin]]], [1, 1]) == [[None], [None]]
+    (one,), (other,), (third,) = marks_of([[[A]], [[A]], [[A], [twin]]], [1, 1, 2])
     assert one is not None and one == other == third
-    assert _bank.marks([[[A, A]]], [1]) == [[None, None]]
+    assert marks_of([[[A, A]]], [1]) == [[None, None]]
+    # Programs of one job hold the same objects: that is not sharing.
+    assert marks_of([[[A]]] * 2, [1, 1], [0, 0]) == [[None]] * 2
+    assert [None] not in marks_of([[[A]]] * 3, [1] * 3, [0, 0, 1])
     # Room for more jobs: they are expected to bring their own.
-    assert _bank.marks([[[A]]], [2]) == [[None]]
+    assert marks_of([[[A]]], [2]) == [[None]]
 
 
 def test_marks_take_specs_for_values_and_equal_only_themselves():
     spec, twin = (jax.ShapeDtypeStruct((3,), "f4") for _ in range(2))
-    marks = _bank.marks([[[spec], [spec]], [[spec], [spec]], [[spec], [twin]]], [2] * 3)
+    marks = marks_of([[[spec], [spec]], [[spec], [spec]], [[spec], [twin]]], [2] * 3)
     assert marks[0] == marks[1] != [None]
     assert marks[2] == [None]
 

@@ -293,3 +293,20 @@ def test_the_smallest_length_that_holds_a_request_is_taken():
         None,
         None,
     ]
+
+
+def test_lone_jobs_of_several_lengths_share_launches():
+    def chain(name, num, width):
+        params = [np.full((width, width), i + 1, "f") for i in range(num)]
+        examples = [np.ones((1, length, width), "f") for length in (4, 8)]
+        return stfuse.Job(name, dense_chain, params, examples, pad_values=0.0)
+
+    plan = stfuse.fuse([chain("a", 12, 6), chain("b", 11, 8)], cost="h200").plan
+    assert plan.num_launches_alone == 2 * (12 + 11)
+    assert plan.num_launches == 2 * 12
+
+
+def dense_chain(params, x):
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return x
