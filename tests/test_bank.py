@@ -346,14 +346,10 @@ def test_unshare_makes_room_for_one_species_and_changes_no_slot_of_either(drawn)
             assert wider.stacks[i].shape[0] == layout.rows_of(i)
 
 
-def marks_of(columns, capacities, bank_of=None):
-    return _bank.marks(columns, capacities, bank_of or range(len(columns)))
-
-
 @given(unlike())
 def test_what_is_marked_alike_is_kept_once(drawn):
     layout, columns, _ = drawn
-    marks = marks_of(columns, layout.capacities)
+    marks = _bank.marks(columns, layout.capacities, range(len(columns)))
     stacks = _bank.pack(layout, columns).stacks
     for i, buffer in enumerate(layout.params):
         found = {marks[b][leaf] for b, leaf in buffer.members}
@@ -367,7 +363,7 @@ def test_marks_say_which_leaves_all_slots_share_and_what_they_are():
         [[A, A, zeros, A], [A.copy(), A + 1, zeros.copy(), A.astype("f")]],
         [[A.copy(), A + 1, zeros], [A.copy(), A + 1, zeros]],
     ]
-    first, (other, next_one, purpose) = marks_of(columns, [2, 2])
+    first, (other, next_one, purpose) = _bank.marks(columns, [2, 2], [0, 1])
     same, differs, accident, cast = first
     assert same is not None and same == other
     assert differs is None and accident is None and cast is None
@@ -377,20 +373,22 @@ def test_marks_say_which_leaves_all_slots_share_and_what_they_are():
 
 def test_marks_of_a_lone_slot_take_the_same_object():
     twin = A.copy()
-    assert marks_of([[[A]], [[twin]]], [1, 1]) == [[None], [None]]
-    (one,), (other,), (third,) = marks_of([[[A]], [[A]], [[A], [twin]]], [1, 1, 2])
+    assert _bank.marks([[[A]], [[twin]]], [1, 1], [0, 1]) == [[None], [None]]
+    columns = [[[A]], [[A]], [[A], [twin]]]
+    (one,), (other,), (third,) = _bank.marks(columns, [1, 1, 2], [0, 1, 2])
     assert one is not None and one == other == third
-    assert marks_of([[[A, A]]], [1]) == [[None, None]]
+    assert _bank.marks([[[A, A]]], [1], [0]) == [[None, None]]
     # Programs of one job hold the same objects: that is not sharing.
-    assert marks_of([[[A]]] * 2, [1, 1], [0, 0]) == [[None]] * 2
-    assert [None] not in marks_of([[[A]]] * 3, [1] * 3, [0, 0, 1])
+    assert _bank.marks([[[A]]] * 2, [1, 1], [0, 0]) == [[None]] * 2
+    assert [None] not in _bank.marks([[[A]]] * 3, [1] * 3, [0, 0, 1])
     # Room for more jobs: they are expected to bring their own.
-    assert marks_of([[[A]]], [2]) == [[None]]
+    assert _bank.marks([[[A]]], [2], [0]) == [[None]]
 
 
 def test_marks_take_specs_for_values_and_equal_only_themselves():
     spec, twin = (jax.ShapeDtypeStruct((3,), "f4") for _ in range(2))
-    marks = marks_of([[[spec], [spec]], [[spec], [spec]], [[spec], [twin]]], [2] * 3)
+    columns = [[[spec], [spec]], [[spec], [spec]], [[spec], [twin]]]
+    marks = _bank.marks(columns, [2] * 3, [0, 1, 2])
     assert marks[0] == marks[1] != [None]
     assert marks[2] == [None]
 
