@@ -118,12 +118,19 @@ def _schedule(
     by_length = sorted(
         programs, key=lambda s: (-sum(op.is_heavy for op in programs[s].ops), s)
     )
+    readers: dict[Hashable, list[int]] = {}  # of what is kept once
+    for s, own_marks in enumerate(marks):
+        for mark in filter(None, own_marks):
+            readers.setdefault(mark, []).append(s)
+    groups = components(len(terms.counts), readers.values())
+    group_of = {s: group for group in groups for s in group}
     chains: list[list[Draft]] = []
+    places: dict[tuple[int, ...], int] = {}  # of a group, the sequence
     for s in by_length:
-        tags = dict(enumerate(marks[s]))
-        own = singles(s, programs[s], tags, terms)
+        own = singles(s, programs[s], dict(enumerate(marks[s])), terms)
         found = [match(chain, own, s, terms) for chain in chains]
-        i = _chain_of(chains, own, found) if is_concurrent else 0
+        i = _chain_of(own, found) if is_concurrent else 0
+        i = places.setdefault(group_of[s], i)
         if chains[i:]:
             chains[i] = merge(chains[i], own, found[i], s, terms)
         else:
@@ -131,21 +138,13 @@ def _schedule(
     return list(itertools.chain(*chains))
 
 
-def _chain_of(
-    chains: Sequence[list[Draft]], own: Sequence[Draft], found: Sequence[Pairs]
-) -> int:
-    """Return which sequence a species joins, by its pairs with each; the next if none.
-
-    Weights that both read are read once.
-    """
-    for i, (chain, pairs) in enumerate(zip(chains, found, strict=True)):
-        if any(chain[there].form[1] >= 0 for there, _ in pairs):
-            return i
-    i = max(range(len(chains)), key=lambda i: len(found[i]), default=0)
+def _chain_of(own: Sequence[Draft], found: Sequence[Pairs]) -> int:
+    """Return which sequence a species joins, by its pairs with each; or the next."""
+    i = max(range(len(found)), key=lambda i: len(found[i]), default=0)
     num_heavy = sum(draft.op.is_heavy for draft in own)
     most_solo = max(_MOST_SOLO, _MOST_SOLO_PART * num_heavy)
-    is_near = bool(chains) and num_heavy - len(found[i]) <= most_solo
-    return i if is_near else len(chains)
+    is_near = bool(found) and num_heavy - len(found[i]) <= most_solo
+    return i if is_near else len(found)
 
 
 def _worth_it(
@@ -156,7 +155,8 @@ def _worth_it(
 ) -> list[Draft]:
     """Return the launches, without sharing among species where it saves too little."""
     apart: set[int] = set()
-    for component in components(len(terms.counts), map(_node, drafts)):
+    sets = [sorted(d.members) for d in drafts]
+    for component in components(len(terms.counts), sets):
         if len(component) == 1:
             continue
         own = [d for d in drafts if not d.members.keys().isdisjoint(component)]

@@ -176,7 +176,7 @@ def lay_out(
     }
     bare = [((s, -1),) for s, t in programs.items() if not t.input_specs]
     return Layout(
-        components=components(len(programs), plan.nodes),
+        components=components(len(programs), [node.species for node in plan.nodes]),
         bank_of=tuple(bank_of),
         capacities=tuple(capacities),
         params=stacks,

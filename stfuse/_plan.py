@@ -178,8 +178,15 @@ def group(traces: Sequence[Trace]) -> tuple[Species, ...]:
     return tuple(Species(traces[m[0]], tuple(m)) for m in members.values())
 
 
-def components(num_species: int, nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:
-    """Return the sets of species that share launches with one another, ascending."""
+def components(
+    num_species: int, sets: Iterable[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of species that share something with one another, ascending.
+
+    Args:
+        num_species: how many there are.
+        sets: who shares one thing, a launch say; none is empty.
+    """
     root = list(range(num_species))
 
     def find(s: int) -> int:
@@ -187,8 +194,7 @@ def components(num_species: int, nodes: Iterable[Node]) -> tuple[tuple[int, ...]
             s = root[s]
         return s
 
-    for node in nodes:
-        first, *rest = node.species
+    for first, *rest in sets:
         for s in rest:
             low, high = sorted((find(first), find(s)))
             root[high] = low

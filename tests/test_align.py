@@ -35,6 +35,11 @@ def align(jobs, cost=CPU, **options):
     return _align.align(names, traces, cost, **options)
 
 
+def parts(plan):
+    """Return which species share launches with one another."""
+    return components(len(plan.species), [node.species for node in plan.nodes])
+
+
 def dot(jobs, rows, contracted, columns, why_solo=""):
     """Return the launch of one dense layer of some jobs, at one row."""
     num_values = rows * contracted + contracted * columns + rows * columns
@@ -102,7 +107,7 @@ def test_sharing_that_saves_next_to_nothing_is_left_alone():
 def test_jobs_that_share_are_not_parted_for_those_that_hardly_do():
     large = [job("a", 2000, 2000, 2), job("b", 2000, 2000, 3)]
     plan = align([*large, job("c", 4, 8, 2), job("d", 4, 9, 2)])
-    assert components(4, plan.nodes) == ((0,), (1,), (2, 3))
+    assert parts(plan) == ((0,), (1,), (2, 3))
     assert [x.jobs for x in plan.launches[:2]] == [("c", "d")] * 2
 
 
@@ -117,16 +122,31 @@ def test_where_launches_overlap_a_job_that_shares_little_goes_beside_the_others(
         params = [*wide[:1], *(w.astype("f") for w in wide[1:][:num_alike])]
         other = stfuse.Job("d", dense, params + wide[1 + num_alike :], jobs[0].example)
         beside = ((0,), (1, 2, 3)) if num_alike < 17 else ((0, 1, 2, 3),)
-        assert components(4, align_gpu([other, *jobs]).nodes) == beside
+        assert parts(align_gpu([other, *jobs])) == beside
     # Eight of its own, or weights that are kept once: it stays in the sequence.
     few = stfuse.Job("d", dense, wide[:1] + wide[-8:], jobs[0].example)
-    assert components(4, align_gpu([few, *jobs]).nodes) == ((0, 1, 2, 3),)
+    assert parts(align_gpu([few, *jobs])) == ((0, 1, 2, 3),)
     other = stfuse.Job("d", dense, wide, jobs[0].example)
     marks = [("trunk", *[None] * (len(x.params) - 1)) for x in (other, *jobs)]
-    plan = align_gpu([other, *jobs], shares=marks)
-    assert components(4, plan.nodes) == ((0, 1, 2, 3),)
+    assert parts(align_gpu([other, *jobs], shares=marks)) == ((0, 1, 2, 3),)
     plan = align_gpu([other, *jobs], is_concurrent=False)
-    assert components(4, plan.nodes) == ((0, 1, 2, 3),)
+    assert parts(plan) == ((0, 1, 2, 3),)
+
+
+def test_a_table_that_unlike_jobs_read_is_kept_once_where_launches_overlap():
+    table, ids = np.ones((100, 8), "f"), np.zeros((1, 5), np.int32)
+
+    def reader(name, dtype, num):
+        def apply_fn(params, ids):
+            return dense(params["w"], params["table"][ids].astype(dtype))
+
+        params = {"table": table, "w": [np.ones((8, 8), dtype)] * num}
+        return stfuse.Job(name, apply_fn, params, ids)
+
+    jobs = [reader("a", np.float32, 20), reader("b", jnp.bfloat16, 14)]
+    plan = stfuse.fuse(jobs, cost="h200", lowering="heuristic").plan
+    assert plan.param_bytes_alone - plan.param_bytes >= table.nbytes
+    assert not any(len(x.jobs) > 1 for x in plan.launches)
 
 
 def test_a_lone_job_has_no_solo_launches():
