@@ -43,6 +43,12 @@ _INLINED = frozenset(
 )
 _WIDE = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 _TRACES: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
+_NO_TRACE = jex.get_opaque_trace_state()
+
+
+def is_within() -> bool:
+    """Return whether this is called while JAX traces, or maps, whatever is around."""
+    return jex.get_opaque_trace_state() != _NO_TRACE
 
 
 def trace(job: Job) -> Trace:

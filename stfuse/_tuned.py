@@ -14,10 +14,13 @@ import numpy as np
 
 from stfuse import _tree
 from stfuse._cache import config_key
+from stfuse._cost import default_device
 from stfuse._lower import _measure
 from stfuse._plan import Plan
 from stfuse._step import compiler_options
+from stfuse._trace import is_within
 
+_SEEN = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
 _MANY_SLOTS = 32  # a step of all of them apart would compile for minutes
 
 
@@ -47,23 +50,23 @@ class TunedStep:
     def __call__(self, stacks: Any, slots: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """Run the step; the first call of some shapes may measure."""
         given = (stacks, slots, inputs)
-        if not (self._is_tuned or self._options):
+        has_options = bool(self._options) and _may_have_options()
+        if not (self._is_tuned or has_options):
             return self.jitted(self.lowering)(*given)
         key = (
             tuple(x if x is None else np.shape(x) for x in slots),
             tuple(x if x is None else x.shape for x in inputs),
-            config_key() if self._options else None,
+            _signature(stacks) if has_options else None,
         )
         step = self._chosen.get(key)
         if step is None:
-            step = self._choose(key, given)
+            step = self._choose(key, given, has_options)
         try:
             return step(*given)
         except (TypeError, ValueError):
-            if not self._options:
+            if not has_options:
                 raise
-        # What is compiled ahead of time is not to be traced, and is for one device.
-        return self.jitted(self.lowering)(*given)
+        return self.jitted(self.lowering)(*given)  # weights on several devices, say
 
     def jitted(self, mode: str) -> Any:
         """Return the jitted step of a lowering."""
@@ -71,7 +74,9 @@ class TunedStep:
             self._steps[mode] = jax.jit(self._build_fn(mode))
         return self._steps[mode]
 
-    def _choose(self, key: Hashable, given: tuple[Any, ...]) -> Any:
+    def _choose(
+        self, key: Hashable, given: tuple[Any, ...], has_options: bool
+    ) -> Callable[..., Any]:
         """Return the step that is fastest for some shapes."""
         step = self.jitted(self.lowering)
         if any(map(_tree.is_tracer, jax.tree.leaves(given))):
@@ -82,7 +87,7 @@ class TunedStep:
             given = jax.device_put(given)
             mode = _measure.fastest_step(modes, given, self.lowering)
         step = self.jitted(mode)
-        if self._options:  # which a jit inside another one may not have
+        if has_options:  # which a jit inside another one may not have
             step = step.lower(*given).compile(self._options)
         self._chosen[key] = step
         return step
@@ -97,3 +102,19 @@ class TunedStep:
         is_cpu = self._plan.cost.source == "cpu"
         others = ["apart"] * (num_slots <= _MANY_SLOTS) if is_cpu else ["plain"]
         return [self.lowering, "native", *others]
+
+
+def _may_have_options() -> bool:
+    """Return whether a step may be compiled ahead of time: not as a part of another.
+
+    Nor where JAX has to see what it computes.
+    """
+    is_seen = any(getattr(jax.config, name) for name in _SEEN)
+    return not is_seen and not is_within()
+
+
+def _signature(stacks: Sequence[Any]) -> Hashable:
+    """Return what a step that was compiled for some weights depends on."""
+    where = getattr(stacks[0], "sharding", None) if stacks else None
+    shapes = tuple([np.shape(x) for x in stacks])
+    return shapes, where, default_device(), config_key()

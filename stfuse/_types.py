@@ -69,7 +69,8 @@ class Cost:
         launch_s: fixed cost of one kernel launch inside a step, seconds.
         bytes_per_s: memory bandwidth, bytes read plus written.
         flops_per_s: dense matrix rate.
-        source: where the numbers come from.
+        source: where the numbers come from; ``"cpu"`` is planned for as a CPU is,
+            anything else as an accelerator.
     """
 
     launch_s: float

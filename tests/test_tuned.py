@@ -1,6 +1,7 @@
 """The whole step in several ways: all are right, and the fastest is used."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,7 +114,7 @@ def test_xla_is_told_that_unlike_jobs_run_beside_each_other_on_a_gpu():
         jax.jit(abs).lower(1.0).compile({f"{key}S": v for key, v in OPTIONS.items()})
 
 
-def test_a_step_that_is_compiled_with_options_may_be_traced():
+def test_a_step_with_options_is_a_part_of_the_program_that_calls_it():
     fused, requests = unlike()
     bank = fused.pack()
 
@@ -140,3 +141,29 @@ def test_a_step_that_is_compiled_with_options_may_be_traced():
     with jax.default_matmul_precision("float32"):  # another program
         check(call())
     assert len(fused._step._chosen) == 2
+    jaxpr = jax.make_jaxpr(lambda: fused.step(bank, fused.stack(requests)).leaves)()
+    assert "dot_general" in str(jaxpr)  # though all it reads is known
+
+
+def test_a_step_with_options_is_compiled_for_the_weights_it_is_given():
+    shared = np.eye(3, dtype=np.float32)
+    jobs = [
+        stfuse.Job(name, lambda w, x: jnp.log(x @ w["a"] @ w["b"]), w, np.ones((1, 3)))
+        for name, w in (
+            ("a", {"a": shared, "b": np.ones((3, 2), np.float32)}),
+            ("b", {"a": shared, "b": np.ones((3, 4), np.float32)}),
+        )
+    ]
+    fused = stfuse.fuse(jobs, cost="h200")
+    bank = fused.pack()
+    other = fused.swap(bank, "a", {"a": 2 * shared, "b": jobs[0].params["b"]})
+    requests = {name: np.ones((2, 3), np.float32) for name in "ab"}
+    for _ in range(2):
+        for own, expected in ((bank, 3.0), (other, 6.0)):
+            outs = fused(own, requests)
+            np.testing.assert_allclose(outs["a"], np.log(expected) + np.zeros((2, 2)))
+            np.testing.assert_allclose(outs["b"], np.log(3.0) + np.zeros((2, 4)))
+    steps = list(fused._step._chosen.values())
+    assert len(steps) == 2 and all(isinstance(x, jax.stages.Compiled) for x in steps)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid"):
+        fused(bank, {"a": -requests["a"]})
