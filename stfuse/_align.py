@@ -39,6 +39,7 @@ _LEAST_SAVED = 0.01
 # ResNet-50, ResNet-34 55 %, ResNet-18 all with ResNet-34. Four jobs each of six kinds
 # on an H200: 1,453 us without overlap, 1,228 with it, 1,081 with such sequences, too.
 _MOST_SOLO, _MOST_SOLO_PART = 8, 1 / 3
+_MOST_SEQUENCES = 8  # each species is compared with all of them
 
 
 def align(
@@ -144,7 +145,7 @@ def _chain_of(own: Sequence[Draft], found: Sequence[Pairs]) -> int:
     num_heavy = sum(draft.op.is_heavy for draft in own)
     most_solo = max(_MOST_SOLO, _MOST_SOLO_PART * num_heavy)
     is_near = bool(found) and num_heavy - len(found[i]) <= most_solo
-    return i if is_near else len(found)
+    return i if is_near or len(found) == _MOST_SEQUENCES else len(found)
 
 
 def _worth_it(

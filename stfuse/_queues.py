@@ -248,6 +248,7 @@ class Queues:
         for tenant in self._parked.pop(lane, {}).values():
             tenant.is_parked = False
             if tenant.queue:
+                tenant.since = self.num_steps  # nothing could serve it until now
                 self._await(tenant)
                 self.place(tenant)
 
