@@ -20,7 +20,7 @@ from stfuse._types import Policy, Submit
 _LEVEL = 0.5
 # Steps: who had more of them than others loses the priority of its deadlines. With one,
 # deadlines that are met in their order were missed: 1 % at 0.9 of the capacity, 20
-# tenants, half of them within 20 steps; with four 0.1 %, and no flood is worse for it.
+# tenants, half of them within 20 steps; with four 0.1 % if they ask for their share.
 _AHEAD = 4
 _ROUNDS = 2  # of all who wait: who was passed over for longer comes first
 
@@ -182,7 +182,11 @@ class Queues:
         # those who ask for a little more than others would starve beside the rest.
         # Each once, however many slots it has, or a busy one would be its own measure.
         levels_s = sorted([tenant.service_s for tenant in set(tenants)])
-        self._virtual_s = max(self._virtual_s, levels_s[len(levels_s) // 2])
+        level_s = levels_s[(len(levels_s) - 1) // 2]
+        for longest in self._since.values():  # who waits has no more than most, or less
+            level_s = min(level_s, longest.service_s)
+            break
+        self._virtual_s = max(self._virtual_s, level_s)
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
             tenant.service_s += cost_s / tenant.weight
             tenant.level_s, tenant.since = self._virtual_s, self.num_steps
@@ -235,7 +239,9 @@ class Queues:
 
     def _unawait(self, tenant: Tenant) -> None:
         if self._since.pop(tenant.name, None):
-            self._weight = self._weight - tenant.weight if self._since else 0.0
+            self._weight -= tenant.weight
+            if self._weight < 1e-6 * tenant.weight:  # the others' would be rounding
+                self._weight = math.fsum(each.weight for each in self._since.values())
 
     def park(self, tenant: Tenant) -> None:
         """Set a tenant aside until its lane has something new for it."""

@@ -10,15 +10,16 @@ from stfuse.testing import Arrivals, poisson, simulate
 STEP_S = 1e-3
 
 
-def one_slot(weights):
-    """Return a scheduler whose tenants 0, 1, 2 ... are served one at a time."""
+def one_slot(weights, slots=(1,)):
+    """Return a scheduler of tenants 0, 1, 2 ... with steps of some slots."""
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
     names = [str(i) for i in range(len(weights))]
     for name, weight in zip(names, weights, strict=True):
         scheduler.handle(Join(name, weight))
     members = dict.fromkeys(names, (0,))
     scheduler.handle(Install("all", (len(names),), members))
-    scheduler.handle(Ready("all", Bucket((1,), 1), STEP_S))
+    for num in slots:
+        scheduler.handle(Ready("all", Bucket((num,), 1), STEP_S))
     return scheduler
 
 
@@ -39,6 +40,24 @@ def test_who_always_waits_is_served_by_weight_whatever_weights_sum_to(weights, s
         request += 1
     expected = 4000 * np.array(weights) / sum(weights)
     np.testing.assert_allclose(served, expected, atol=8)
+
+
+@pytest.mark.parametrize(("num", "slots"), [(5, (1,)), (5, (1, 2)), (20, (1, 2))])
+def test_deadlines_give_nobody_more_than_its_share_of_what_all_wait_for(num, slots):
+    scheduler, now_s, request = one_slot([1.0] * num, slots), 0.0, 0
+    served, wanted = np.zeros(num), list(range(num)) * 4
+    while served.sum() < 3000:
+        for i in wanted:  # the first one's have to start within 50 steps
+            deadline_s = None if i else now_s + 50 * STEP_S
+            scheduler.handle(Submit(request, str(i), 1, now_s, deadline_s))
+            request += 1
+        decision = scheduler.decide(now_s)
+        wanted = [0] * len(decision.expired)
+        if decision.batch is not None:
+            wanted += [int(chunk.tenant) for chunk in decision.batch.chunks]
+            np.add.at(served, wanted[len(decision.expired) :], 1)
+        now_s += STEP_S
+    np.testing.assert_allclose(served / served.sum(), 1 / num, atol=0.15 / num)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])
