@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import stfuse
-from stfuse.testing import affine_job
+from stfuse.testing import FakeDevice, ManualClock, affine_job
 
 ROW = np.ones((1, 3), np.float32)
 X = {"x": ROW, "ids": np.zeros((1, 2), np.int32)}
@@ -205,7 +205,9 @@ WRONG_REQUESTS = {
 
 @pytest.fixture(scope="module")
 def engine():
-    with stfuse.Engine(max_batch_size=4) as engine:
+    clock = ManualClock()  # nobody is slow: lanes change, and compile, for nobody
+    device = FakeDevice(clock)
+    with stfuse.Engine(max_batch_size=4, device=device, clock=clock) as engine:
         jobs = (stfuse.Job("job", apply_fn, PARAMS, X), affine_job("neighbor"))
         for ready in [engine.add(job) for job in jobs]:
             ready.result(60)
