@@ -82,8 +82,8 @@ def test_failure_06_floods_that_fill_every_step_starve_nobody(
     trace = merged(floods, Arrivals(own.due_s, own.tenants + last))
     run = simulate(trace, table, deadline_s=deadline_s, num_tenants=last + 1)
     assert not np.isinf(run.latency_s[run.tenants == last]).any()
-    # Of 60 seeds the worst was 9: two of its own together wait one after the other.
-    assert run.quantile_s(0.99, [last]) <= 12e-3 * (1 + num_floods / slots)
+    # Of 20 seeds the worst was 7: two of its own together wait one after the other.
+    assert run.quantile_s(0.99, [last]) <= 8e-3 * (1 + num_floods / slots)
 
 
 @pytest.mark.parametrize("deadline_s", [None, 0.06])
