@@ -5,8 +5,8 @@ Rules:
     free, and it has the shared leaves' values; else its lane is built anew beside the
     old one, which goes on serving until the new one's first bucket is compiled.
     If that one is full, a lane like it takes the job, with nothing to compile.
-    While others are served, any other new job does not wait for that: a small lane of
-    its own serves it until the shared one takes it in.
+    While others are served, any other new job does not wait for that: a lane like the
+    shared one, or a small one of its own, serves it until the shared one takes it in.
     The first bucket covers all others, so the lane serves at once, if not yet at full
     speed; a job is ready when all of them are compiled and measured. A lane that takes
     over from another one first has what that one has, unless many wait for it.
@@ -67,8 +67,7 @@ class Builder:
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
-        of = self._memory, max_slots, self.request
-        self._siblings = Siblings(server, *of)
+        self._siblings = Siblings(server, self._memory, max_slots, self.request)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
@@ -163,8 +162,8 @@ class Builder:
                 tenants, new = ([t for t in of if t in here] for of in (tenants, new))
                 if not new and name not in self._stale:
                     return lane
-        if name == SHARED and name in self._server.lanes:
-            self._serve_alone([t for t in new if not t.is_placed])
+        if name == SHARED and (shared := self._server.lanes.get(name)):
+            self._serve_alone(shared, [t for t in new if not t.is_placed])
         lane = self._rebuild(name, tenants)
         self._stale.discard(name)
         return lane
@@ -199,7 +198,7 @@ class Builder:
         self._server.command(lambda: arrive(lane, [tenant])).result()
         return tenant.is_placed
 
-    def _serve_alone(self, new: Sequence[Tenant]) -> None:
+    def _serve_alone(self, shared: Lane, new: Sequence[Tenant]) -> None:
         """Serve new jobs in small lanes, by program, until the shared one has them."""
         of: dict[object, list[Tenant]] = {}
         for tenant in new:
@@ -207,13 +206,15 @@ class Builder:
         for tenants in of.values():
             name = self._regroup.new_lane(tenants[0].job.name)
             try:
-                self._rebuild(name, tenants, is_small=True)
+                if left := self._siblings.hold(shared, tenants, name):
+                    if left != tenants:
+                        name = self._regroup.new_lane(left[0].job.name)
+                    self._rebuild(name, left, is_small=True)
             except Exception as error:  # the shared lane may still take them
                 logging.info("stfuse: lane '%s' was not built: %s", name, error)
-            else:
-                with self._server.lock:
-                    for tenant in tenants:
-                        tenant.home = SHARED
+            with self._server.lock:
+                for tenant in [t for t in tenants if t.is_placed]:
+                    tenant.home = SHARED
 
     def _rebuild(
         self, name: str, tenants: Sequence[Tenant], *, is_small: bool = False
@@ -278,10 +279,9 @@ class Builder:
         """Compile what a running lane has, unless many wait for the new one."""
         running = self._server.lanes.get(lane.name)
         is_urgent = lane.name in self._stale or any(t.swaps for t in tenants)
+        is_urgent |= self._regroup.is_trial()
         num_new = sum(t.lane != lane.name for t in tenants)
         if running is None or is_urgent or 2 * num_new > len(tenants):
-            return
-        if self._regroup.is_trial():
             return
         for bucket in self._buckets(lane):
             if self._is_closed or lane.name in self._pending:
@@ -297,8 +297,6 @@ class Builder:
 
     def _is_refused(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
         """Measure a lane that takes evicted jobs back; return whether it does not."""
-        if not self._regroup.is_trial():
-            return False
         is_refused = self._regroup.is_refused(lane, list(tenants))
         if is_refused:
             self.request(SHARED)  # for new jobs that the trial was to take in too
@@ -367,9 +365,11 @@ class Builder:
         return giving_way(is_busy(self._server), lambda: scheduler.num_queued > 0)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
-        device, cost = self._server.device, _cost.resolve("auto")
+        server, cost = self._server, _cost.resolve("auto")
+        beside = is_busy(server)
         with self._politely():
-            step = _lane.compile_bucket(lane, bucket, device, cost=cost)
+            of = lane, bucket, server.device
+            step = _lane.compile_bucket(*of, cost=cost, is_beside=beside)
         self._memory.admit(lane, bucket, step)
         lane.steps[bucket] = step
 

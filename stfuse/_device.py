@@ -19,6 +19,12 @@ from stfuse._cost import default_device
 from stfuse._stacked import to_host
 
 _PINNED = "pinned_host"
+# A step is a CUDA graph, in which launches that wait for nothing of one another need
+# not be in a sequence: 24 models of six kinds take 1,123 us instead of 1,504, 64 equal
+# ones 576 instead of 598.
+_CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+# No kernel is tried on the device while a step is compiled: steps take as long.
+_UNTRIED = {"xla_gpu_autotune_level": 0}
 _PACKED = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
@@ -41,12 +47,12 @@ class _PinnedOutputs(tuple[Any, ...]):
 class _PinnedStep:
     """A compiled step whose inputs and outputs are in pinned memory."""
 
-    def __init__(self, jitted: Any, specs: Sequence[Any]) -> None:
+    def __init__(self, jitted: Any, specs: Sequence[Any], options: Any) -> None:
         """Compile."""
         lowered = jitted.lower(*specs)
         if not all(map(_can_be_pinned, jax.tree.leaves(lowered.out_info))):
             raise TypeError("outputs that fill no whole bytes, or are of 64 bits")
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
         self._call, self.memory_analysis = compiled, compiled.memory_analysis
 
     def __call__(self, bank: Any, *staged: Sequence[Any]) -> Any:
@@ -164,16 +170,29 @@ class JaxDevice:
             *specs: of the bank, the slots and the inputs, each a pytree of
                 ``jax.ShapeDtypeStruct``.
         """
+        return self._compile(step_fn, specs, dict(_CONCURRENT) if self._is_gpu else {})
+
+    def compile_beside(
+        self, step_fn: Callable[..., Any], *specs: Any
+    ) -> Callable[..., Any]:
+        """Compile a step while the device serves others, and keep away from it."""
+        options = _CONCURRENT | _UNTRIED if self._is_gpu else {}
+        return self._compile(step_fn, specs, options)
+
+    def _compile(
+        self, step_fn: Callable[..., Any], specs: Sequence[Any], options: dict[str, Any]
+    ) -> Callable[..., Any]:
         if self._is_pinned and all(map(_can_be_pinned, jax.tree.leaves(specs[1:]))):
             try:
-                return self._compile_pinned(step_fn, *specs)
+                return self._compile_pinned(step_fn, options, *specs)
             except Exception as error:  # if it is not about that, it comes again
                 text = "stfuse: a step is compiled without pinned memory: %s"
                 logging.warning(text, error)
-        return jax.jit(step_fn).lower(*_at(self._sharding, specs)).compile()
+        lowered = jax.jit(step_fn).lower(*_at(self._sharding, specs))
+        return lowered.compile(options)
 
     def _compile_pinned(
-        self, step_fn: Callable[..., Any], bank: Any, *staged: Any
+        self, step_fn: Callable[..., Any], options: Any, bank: Any, *staged: Any
     ) -> Callable[..., Any]:
         own = self._sharding.with_memory_kind(self._device.default_memory().kind)
 
@@ -181,7 +200,8 @@ class JaxDevice:
             return step_fn(bank, *jax.device_put(staged, own))
 
         specs = _at(own, bank), *_at(self._pinned, staged)
-        return _PinnedStep(jax.jit(step, out_shardings=self._pinned), specs)
+        jitted = jax.jit(step, out_shardings=self._pinned)
+        return _PinnedStep(jitted, specs, options)
 
     def put(self, tree: Any) -> Any:
         """Copy arrays to the device, unless they are there."""

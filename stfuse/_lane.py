@@ -126,6 +126,7 @@ def build(
         shares=shares,
         banks=bank_of,
         counts=capacities,
+        is_concurrent=cost.source != "cpu",
     )
     first = [bank_of.index(b) for b in range(max(bank_of) + 1)]
     layout = lay_out(plan, bank_of, [capacities[s] for s in first], shares)
@@ -325,9 +326,27 @@ def _put(lane: Lane, member: Member) -> None:
 
 
 def compile_bucket(
-    lane: Lane, bucket: Bucket, device: Device, *, cost: Cost, lowering: str = "known"
+    lane: Lane,
+    bucket: Bucket,
+    device: Device,
+    *,
+    cost: Cost,
+    lowering: str = "known",
+    is_beside: bool = False,
 ) -> Callable[..., Any]:
-    """Return the lane's compiled step for a bucket, from the cache if it is there."""
+    """Return the lane's compiled step for a bucket, from the cache if it is there.
+
+    Args:
+        lane: whose.
+        bucket: which shape.
+        device: where it is to run.
+        cost: what the planner knows of the device.
+        lowering: as of `make_step`.
+        is_beside: whether the device serves others, whom compiling must not stall.
+    """
+    compile_fn = device.compile
+    if is_beside:
+        compile_fn = getattr(device, "compile_beside", compile_fn)
     stacks = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lane.bank.stacks)
     slots, inputs = specs(lane, bucket)
     signature: Hashable = (
@@ -344,7 +363,7 @@ def compile_bucket(
 
     def build(mode: str) -> Callable[..., Any]:
         step_fn = make_step(lane.plan, lane.layout, cost=cost, lowering=mode)
-        return device.compile(step_fn, stacks, slots, inputs)
+        return compile_fn(step_fn, stacks, slots, inputs)
 
     def build_any() -> Callable[..., Any]:
         try:

@@ -1,8 +1,8 @@
 """Lanes like a full one, for more jobs of its programs: nothing is traced or compiled.
 
 A lane whose banks have as many slots as a step may have would gain nothing by more of
-them, and whatever is compiled beside others is in their way: a compiler tries its
-kernels on the device that they are served by.
+them, and whatever is compiled beside others is in their way. One with fewer slots is
+built anew for more jobs; until then a lane like it serves them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stfuse import _bank, _lane
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
 from stfuse._members import SHARED
-from stfuse._memory import Memory, own_bytes
+from stfuse._memory import Memory, bank_bytes, own_bytes
 from stfuse._residency import as_install
 from stfuse._server import Server
 
@@ -33,6 +33,12 @@ def is_busy(server: Server) -> bool:
 def _start(lane: Lane) -> str:
     """Return how the names of lanes like one begin; no job's name does."""
     return f"{lane.name}##"
+
+
+def _has_programs(lane: Lane, tenant: Tenant) -> bool:
+    """Return whether a lane computes all that a job does."""
+    keys = {trace.key for trace in lane.traces}
+    return all(trace.key in keys for trace in tenant.member.traces)
 
 
 class Siblings:
@@ -62,7 +68,7 @@ class Siblings:
 
     def prepare(self, lane: Lane) -> None:
         """Compile what a lane like this one needs, if there may be one."""
-        if lane.name != SHARED or max(lane.capacities) < self._max_slots:
+        if lane.name != SHARED:
             return
         shapes = [(x.shape, x.dtype) for x in lane.bank.stacks]
         if shapes != self._prepared:  # to ask the compiler again takes a while too
@@ -106,34 +112,76 @@ class Siblings:
             if (name := self._take(lane, tenant)) is not None:
                 self._request(name)
 
+    def hold(self, lane: Lane, tenants: Sequence[Tenant], name: str) -> list[Tenant]:
+        """Serve jobs in a lane like one that is soon built anew for them.
+
+        Args:
+            lane: has too few slots.
+            tenants: whose jobs.
+            name: of the new lane.
+
+        Returns:
+            Those that cannot be there.
+        """
+        left = []
+        for tenant in tenants:
+            other = self._server.lanes.get(name)
+            is_held = _has_programs(lane, tenant) and (
+                (other is not None and self._join(other, tenant))
+                or (
+                    other is None and self._open_like(lane, name, tenant, is_twice=True)
+                )
+            )
+            left += [] if is_held else [tenant]
+        return left
+
     def _take(self, lane: Lane, tenant: Tenant) -> str | None:
         """Return the name of the lane that serves a job now, None if there is none."""
-        server = self._server
-        keys = {trace.key for trace in lane.traces}
-        if any(trace.key not in keys for trace in tenant.member.traces):
+        if not _has_programs(lane, tenant):
             return None
         if not self._is_full(lane, _lane.species_of(lane, tenant.member)):
             return None
         for other in self._like(lane):
-            if _lane.has_room(other, tenant.member):
-                staged = _lane.staged(other, tenant.member)
-                join = server.members.join
-                server.command(lambda: join(other, tenant, staged)).result()  # noqa: B023
-                if tenant.is_placed and tenant.lane == other.name:
-                    return other.name
-        if not self._memory.fits(own_bytes(lane)):
-            return None
+            if self._join(other, tenant):
+                return other.name
         self._num += 1
-        new = _lane.sibling(lane, f"{_start(lane)}{self._num}")
+        name = f"{_start(lane)}{self._num}"
+        return name if self._open_like(lane, name, tenant) else None
+
+    def _join(self, lane: Lane, tenant: Tenant) -> bool:
+        """Give a job a free slot of a lane; return whether it is there now."""
+        if not _lane.has_room(lane, tenant.member):
+            return False
+        staged = _lane.staged(lane, tenant.member)
+        join = self._server.members.join
+        self._server.command(lambda: join(lane, tenant, staged)).result()
+        return tenant.is_placed and tenant.lane == lane.name
+
+    def _open_like(
+        self, lane: Lane, name: str, tenant: Tenant, *, is_twice: bool = False
+    ) -> bool:
+        """Serve a job in a new lane like another one, if there is memory for it.
+
+        Args:
+            lane: the other one.
+            name: of the new one.
+            tenant: whose job.
+            is_twice: whether the other one is going to be there once more, with twice
+                the slots.
+        """
+        species = _lane.species_of(lane, tenant.member)
+        more = bank_bytes(lane, doubled=species) if is_twice else 0
+        if not self._memory.fits(own_bytes(lane) + more):
+            return False
+        new = _lane.sibling(lane, name)
         self._rest()
         staged = _lane.staged(new, tenant.member)
         self._rest()
         # Written before it serves: nobody waits for that.
         if not _lane.join(new, staged):
-            return None  # its shared leaves are others
+            return False  # its shared leaves are others
         self._rest()
-        is_open = server.command(lambda: self._open(new, tenant)).result()
-        return new.name if is_open else None
+        return self._server.command(lambda: self._open(new, tenant)).result()
 
     def _rest(self) -> None:
         """Let whoever is served catch up with what this thread did.

@@ -175,3 +175,27 @@ def test_what_was_read_outlives_the_step_it_is_of():
     for p in range(4, 20):
         run(p)
     assert (first == 2).all() and (part == 3).all()
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_on_a_gpu_launches_overlap_and_beside_others_no_kernel_is_tried(
+    monkeypatch, is_pinned
+):
+    asked, compile_lowered = [], jax.stages.Lowered.compile
+
+    def recorded(lowered, options=None, **rest):
+        asked.append(options)
+        return compile_lowered(lowered, options, **rest)  # refuses what XLA has not
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", recorded)
+    monkeypatch.setattr(JaxDevice, "_is_gpu", True)
+    device = JaxDevice(jax.devices("cpu")[0], is_pinned=is_pinned)
+    x = device.allocate((3,), np.float32)
+    x[...] = 3
+    specs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((), (3,))]
+    for compile_fn in (device.compile, device.compile_beside):
+        step = compile_fn(lambda p, slots, xs: [xs[0] * p], specs[0], [], [specs[1]])
+        outputs = device.read(device.launch(step, device.put(TWO), [], [x]))
+        np.testing.assert_array_equal(outputs[0], [6, 6, 6])
+    overlapping = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    assert asked == [overlapping, overlapping | {"xla_gpu_autotune_level": 0}]

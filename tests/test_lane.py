@@ -15,7 +15,7 @@ from stfuse._lane import Member
 from stfuse._stacked import cut
 from stfuse._trace import trace
 from stfuse._types import Bucket, Chunk
-from stfuse.testing import affine_job
+from stfuse.testing import FakeDevice, affine_job
 
 DEVICE = JaxDevice()
 CPU, H200 = RECORDS["cpu"], RECORDS["h200"]  # the latter merges whatever it may
@@ -344,3 +344,26 @@ def test_a_step_whose_regions_a_compiler_refuses_is_compiled_without(monkeypatch
     given = lane.bank.stacks, slots, ones
     for actual, expected in zip(step(*given), plain(*given), strict=True):
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_a_device_that_can_compile_beside_others_is_asked_to(is_beside):
+    asked = []
+
+    class Device(JaxDevice):
+        name = "apart"  # shares no compiled step with others
+
+        def compile(self, step_fn, *specs):
+            asked.append("compile")
+            return super().compile(step_fn, *specs)
+
+        def compile_beside(self, step_fn, *specs):
+            asked.append("compile_beside")
+            return super().compile_beside(step_fn, *specs)
+
+    lane, bucket = build(network("a", int(is_beside))), Bucket((1,), 1 + is_beside)
+    _lane.compile_bucket(lane, bucket, Device(), cost=CPU, is_beside=is_beside)
+    assert asked == ["compile_beside" if is_beside else "compile"]
+    other = FakeDevice()  # one that has no such thing
+    _lane.compile_bucket(lane, bucket, other, cost=CPU, is_beside=is_beside)
+    assert other.num_compiles == 1

@@ -1,5 +1,7 @@
 """More jobs than a step has slots: lanes like the full one, and nothing compiled."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -272,13 +274,38 @@ def test_what_an_empty_lane_needs_is_compiled_once_before_it_is_asked_for(monkey
         _bank, "expect_emptied", lambda *of: (asked.append(1), expect(*of))
     )
     with serve(job(0), device=FakeDevice(), max_batch_size=1, max_slots=2) as engine:
-        assert not asked  # the lane has one slot: it can still grow
-        engine.add(job(1)).result(60)
         assert len(asked) == 1
+        engine.add(job(1)).result(60)
+        assert len(asked) == 2  # a lane of two slots needs other ones
         for i in range(2, 5):
             engine.add(job(i)).result(60)
             assert_all_answer(engine, range(i + 1))
-    assert len(asked) == 1
+    assert len(asked) == 2
+
+
+def test_until_a_lane_has_grown_one_like_it_serves_the_newcomers():
+    device, may_compile = FakeDevice(), threading.Event()
+    compile_step = device.compile
+    with serve(*map(job, range(4)), device=device, max_batch_size=1) as engine:
+
+        def slow_compile(step_fn, *specs):
+            assert may_compile.wait(60)
+            return compile_step(step_fn, *specs)
+
+        device.compile = slow_compile
+        with engine._server.lock:  # so that the builder sees both at once
+            ready = [engine.add(job(i)) for i in range(4, 6)]
+        assert_all_answer(engine, range(6))
+        assert {lane_of(engine, i) for i in range(4)} == {"all"}
+        assert not any(one.done() for one in ready)
+        may_compile.set()
+        for one in ready:
+            one.result(60)
+        assert {lane_of(engine, i) for i in range(6)} == {"all"}
+        assert set(engine._server.lanes) == {"all"}
+        assert engine._server.lanes["all"].capacities == (8,)
+        assert_all_answer(engine, range(6))
+        assert_idle(engine)
 
 
 def test_an_empty_lane_that_cannot_be_prepared_costs_nobody_its_place(monkeypatch):
