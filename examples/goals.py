@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -317,14 +318,19 @@ def joining(
         ``ratio``: p99 of what was due between an addition and the moment at which
         ``job`` was ready (at least `MIN_DURING_S`), over p99 before: of all that time,
         or of as long before each of several; ``ready_s``: how long it took, the
-        longest; None if it took longer than there was time.
+        longest; None if it took longer than there was time; ``first_s``: the same of
+        the first answer to ``job``, which is asked at once.
     """
     num_inputs = len(fleet.targets[0].inputs)
     seconds, end_s = options.seconds, options.seconds + times * after_s
     equal = np.ones(len(fleet.jobs))
     stream = make_stream(rate, end_s, equal, num_inputs, options.seed)
     added_s: list[float] = []
-    ready_s = [math.inf] * times
+    ready_s, first_s = [math.inf] * times, [math.inf] * times
+
+    def note(into: list[float], i: int, future: Future[Any]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            into[i] = time.perf_counter()
 
     def add() -> None:
         start_s = time.perf_counter()
@@ -333,9 +339,9 @@ def joining(
             time.sleep(max(due_s - time.perf_counter(), 0.0))
             added_s.append(time.perf_counter())
             ready = engine.add(job)
-            ready.add_done_callback(
-                lambda _, i=i: ready_s.__setitem__(i, time.perf_counter())
-            )
+            ready.add_done_callback(functools.partial(note, ready_s, i))
+            first = engine.submit(job.name, fleet.targets[0].inputs[0])
+            first.add_done_callback(functools.partial(note, first_s, i))
             if i < times - 1:
                 time.sleep(after_s / 3)
                 with contextlib.suppress(TimeoutError):
@@ -348,7 +354,9 @@ def joining(
         adding.result()
     options.report(run)
     marks = np.array([added_s, ready_s]).T - run.start_s
-    return joined(run, marks, options.warm_s, end_s)
+    waited_s = float(np.max(np.array(first_s) - added_s))
+    found = joined(run, marks, options.warm_s, end_s)
+    return found | {"first_s": waited_s if math.isfinite(waited_s) else None}
 
 
 def joined(

@@ -388,11 +388,13 @@ def _stack(buffer: Buffer, own: Sequence[Sequence[Any]], capacities: Any) -> Any
             for slot, x in enumerate(column):
                 stack[(starts[b] + slot, *map(slice, x.shape))] = x
         return jax.device_put(stack)
+    return _stacked(columns, tuple(capacities[b] for b, _ in buffer.members), shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _stacked(columns: Any, slots: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """Stack arrays in one program: a call for each of hundreds takes too long."""
     pieces = []
-    for (b, _), column in zip(buffer.members, columns, strict=True):
-        piece = jnp.stack([jnp.asarray(x) for x in column])
-        empty = capacities[b] - len(column)
-        pieces.append(padded(piece, shape, 1))
-        if empty:
-            pieces.append(jnp.zeros((empty, *shape), piece.dtype))
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    for x, num in zip(map(jnp.stack, columns), slots, strict=True):
+        pieces += [padded(x, shape, 1), jnp.zeros((num - len(x), *shape), x.dtype)]
+    return jnp.concatenate(pieces)

@@ -191,19 +191,20 @@ def _brought(
     capacities: Sequence[int],
     device: Device,
 ) -> list[Any]:
-    """Bring arrays that may live elsewhere to this device, for jobs that get a slot."""
+    """Bring arrays that may live elsewhere to this device, for jobs that get a slot.
+
+    One job's after another's: a step's inputs wait behind all that is on its way.
+    """
     here: dict[int, Any] = {}  # by identity, which `pack` asks for
 
-    def placed(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and id(leaf) not in here:
-            here[id(leaf)] = device.put(leaf)
-        return here.get(id(leaf), leaf)
+    def placed(leaves: _bank.Leaves) -> _bank.Leaves:
+        new = [x for x in leaves if isinstance(x, jax.Array) and id(x) not in here]
+        brought = jax.block_until_ready(device.put(new))
+        here.update(zip(map(id, new), brought, strict=True))
+        return tuple(here.get(id(x), x) for x in leaves)
 
     return [
-        [
-            tuple(map(placed, leaves)) if k < capacity else leaves
-            for k, leaves in enumerate(column)
-        ]
+        [placed(x) if k < capacity else x for k, x in enumerate(column)]
         for column, capacity in zip(columns, capacities, strict=True)
     ]
 
