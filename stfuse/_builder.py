@@ -71,7 +71,7 @@ class Builder:
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
-        self._is_closed = False
+        self._is_closed, self._many = False, 0  # requests that wait: more than usual
         server.observe = self._regroup.observe
         server.members.rebuild = self.request
 
@@ -103,6 +103,7 @@ class Builder:
             with server.lock:
                 while not (self._pending or self._is_closed or regroup.is_due()):
                     server.lock.wait(regroup.wait_s())
+                self._many = 2 * server.scheduler.num_queued + len(server.tenants)
                 lane = self._pending.pop(0) if self._pending else None
                 if lane is None and self._is_closed:
                     return
@@ -361,15 +362,14 @@ class Builder:
 
     def _politely(self) -> AbstractContextManager[None]:
         """Give way while anybody waits, if anybody is served."""
-        scheduler = self._server.scheduler
-        return giving_way(is_busy(self._server), lambda: scheduler.num_queued > 0)
+        server, many = self._server, self._many
+        return giving_way(is_busy(server), lambda: server.scheduler.num_queued, many)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
         server, cost = self._server, _cost.resolve("auto")
-        beside = is_busy(server)
         with self._politely():
             of = lane, bucket, server.device
-            step = _lane.compile_bucket(*of, cost=cost, is_beside=beside)
+            step = _lane.compile_bucket(*of, cost=cost, is_beside=is_busy(server))
         self._memory.admit(lane, bucket, step)
         lane.steps[bucket] = step
 

@@ -25,7 +25,7 @@ _SHORT_FOR_S = (1.0, 64.0)  # then turns are short for so long: at first, and at
 # would take the interpreter from those who serve the others.
 REFUSED_S = 1e-4
 _RUN_S = 2e-4  # of a thread that gives way, between two rests
-_REST = 5.0  # times as long as it ran
+_REST, _LONG_REST = 5.0, 25.0  # times as long as it ran
 _CALLS = 128  # between two looks at the clock
 _MOST_REST_S = 0.05  # whatever it did: a compiler runs for long and holds up nobody
 
@@ -146,8 +146,10 @@ class OwnTurns:
 
 
 @contextlib.contextmanager
-def giving_way(is_served: bool, is_behind: Callable[[], bool]) -> Iterator[None]:
-    """Let this thread rest five sixths of its time while others wait.
+def giving_way(
+    is_served: bool, num_waiting: Callable[[], int], many: int
+) -> Iterator[None]:
+    """Let this thread rest five sixths of its time while others wait, or nearly all.
 
     Python has no priorities: a thread that traces gets as many turns as the one that
     serves, which is too few for that one where it needs more than half of them. So it
@@ -156,7 +158,8 @@ def giving_way(is_served: bool, is_behind: Callable[[], bool]) -> Iterator[None]
 
     Args:
         is_served: whether anybody is; if not, this does nothing.
-        is_behind: whether anybody waits now.
+        num_waiting: how many do now.
+        many: more than these: then this thread may be why.
     """
     if not is_served:
         yield
@@ -169,8 +172,9 @@ def giving_way(is_served: bool, is_behind: Callable[[], bool]) -> Iterator[None]
         if not left:
             left, ran_s = _CALLS, time.thread_time() - began_s
             if ran_s > _RUN_S:
-                if is_behind():
-                    time.sleep(min(_REST * ran_s, _MOST_REST_S))
+                if num := num_waiting():
+                    times = _LONG_REST if num > many else _REST
+                    time.sleep(min(times * ran_s, _MOST_REST_S))
                 began_s = time.thread_time()
 
     before = sys.getprofile()

@@ -196,25 +196,26 @@ def rests_s(monkeypatch):
     return found
 
 
-def test_who_gives_way_rests_five_times_as_long_as_it_runs(rests_s):
-    with giving_way(True, lambda: True):
+@pytest.mark.parametrize(("num", "least", "most"), [(1, 0.2, 0.7), (9, 1.0, 3.5)])
+def test_who_gives_way_rests_five_times_as_long_as_it_runs(rests_s, num, least, most):
+    with giving_way(True, lambda: num, 8):  # and longer if more than eight wait
         called(0.1)
-    assert 0.2 < sum(rests_s) < 0.7 and max(rests_s) <= 0.05
+    assert least < sum(rests_s) < most and max(rests_s) <= 0.05
     assert len(rests_s) > 20
 
 
 def test_nobody_rests_while_nobody_is_served_or_waits(rests_s):
-    with giving_way(False, lambda: True):
+    with giving_way(False, lambda: 1, 0):
         assert sys.getprofile() is None
         called(0.01)
-    with giving_way(True, lambda: False):
+    with giving_way(True, lambda: 0, 0):
         called(0.01)
     assert rests_s == []
 
 
 def test_only_the_thread_that_gives_way_is_watched_and_only_within(rests_s):
     seen = []
-    with pytest.raises(ValueError), giving_way(True, lambda: True):
+    with pytest.raises(ValueError), giving_way(True, lambda: 1, 0):
         thread = threading.Thread(target=lambda: seen.append(sys.getprofile()))
         thread.start(), thread.join()
         assert sys.getprofile() is not None
