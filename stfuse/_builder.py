@@ -25,7 +25,7 @@ from absl import logging
 
 from stfuse import _cost, _lane
 from stfuse._answers import resolve_all
-from stfuse._cache import buckets
+from stfuse._cache import buckets, covering
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
 from stfuse._members import SHARED, refusal
@@ -67,11 +67,12 @@ class Builder:
         self._max_slots = max_slots
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
-        self._siblings = Siblings(server, self._memory, max_slots, self.request)
+        of = self._memory, max_slots, self.request, self._regroup.new_lane
+        self._siblings = Siblings(server, *of)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
-        self._is_closed, self._many = False, 0  # requests that wait: more than usual
+        self._is_closed, self._many = False, 0  # requests that wait: as of `giving_way`
         server.observe = self._regroup.observe
         server.members.rebuild = self.request
 
@@ -205,14 +206,12 @@ class Builder:
         for tenant in new:
             of.setdefault(program(tenant), []).append(tenant)
         for tenants in of.values():
-            name = self._regroup.new_lane(tenants[0].job.name)
             try:
-                if left := self._siblings.hold(shared, tenants, name):
-                    if left != tenants:
-                        name = self._regroup.new_lane(left[0].job.name)
+                if left := self._siblings.hold(shared, tenants):
+                    name = self._regroup.new_lane(left[0].job.name)
                     self._rebuild(name, left, is_small=True)
             except Exception as error:  # the shared lane may still take them
-                logging.info("stfuse: lane '%s' was not built: %s", name, error)
+                logging.info("stfuse: no small lane was built: %s", error)
             with self._server.lock:
                 for tenant in [t for t in tenants if t.is_placed]:
                     tenant.home = SHARED
@@ -258,17 +257,14 @@ class Builder:
             lane = _lane.build(
                 name, members, device, cost=cost, max_capacity=capacity, admit=admit
             )
-        all_buckets = self._buckets(lane)
-        one_each = [
-            b for b in all_buckets if sum(b.slots) == 1 and b.rows == self._rows[-1]
-        ]
+        found = self._buckets(lane)
         try:
-            for bucket in one_each if is_small else all_buckets[:1]:
+            for bucket in covering(found, each=is_small):
                 self._compile(lane, bucket)
         except DoesNotFit:
             if is_small:
                 raise
-            for bucket in one_each:
+            for bucket in covering(found, each=True):
                 self._compile(lane, bucket)
         if self._policy is Policy.SPACE_TIME:
             # A write of each program, so that none has to be compiled while serving.
@@ -392,8 +388,9 @@ class Builder:
             return
         for tenant in new:
             logging.error("stfuse: job '%s' refused: %s", tenant.job.name, error)
-            if tenant.is_placed:  # its own lane goes on, and gets all its buckets
+            if tenant.is_placed:  # it gets a lane of its own, with all its buckets
                 tenant.home = None
+                self._stale.add(tenant.lane)
                 self.request(tenant.lane)
             else:
                 self._server.members.refuse(tenant, refusal("add", tenant, error))

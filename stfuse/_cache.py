@@ -42,8 +42,8 @@ def buckets(
     nothing to do), and all species together at 1, 2, 4, ... slots each, bounded by
     their capacity; each at each number of rows. All slots of a lone species also open,
     if they are many: in the largest step those who have more waiting than others should
-    not be held to a slot each. The first one covers the most: all work can run in it
-    until the others are ready.
+    not be held to a slot each. The first one covers the most species, then slots: all
+    work can run in it until the others are ready, but for species beyond ``max_slots``.
 
     Args:
         capacities: slots of each species' bank.
@@ -63,10 +63,26 @@ def buckets(
         if sum(together) <= max_slots:
             shapes.add(together)
     found = sorted(Bucket(slots, b) for slots in shapes for b in rows)
-    largest = max(found, key=lambda b: (sum(b.slots), b.rows))
+    largest = max(found, key=lambda b: (sum(map(bool, b.slots)), sum(b.slots), b.rows))
     if len(capacities) == 1 and _FROM <= sum(capacities) <= max_slots:
         found += [Bucket(tuple(capacities), b, is_open=True) for b in rows]
     return [largest, *(b for b in found if b != largest)]
+
+
+def covering(found: Sequence[Bucket], *, each: bool) -> list[Bucket]:
+    """Return the few of a lane's buckets that all of its work can run in.
+
+    Args:
+        found: from `buckets`.
+        each: whether they are the smallest steps, a slot of one species each; else the
+            first bucket, and those of the species that it has no slot of.
+    """
+    rows = max(bucket.rows for bucket in found)
+    alone = [b for b in found if sum(b.slots) == 1 and b.rows == rows]
+    first = found[0]
+    if each:
+        return alone
+    return [first, *(b for b in alone if not first.slots[b.slots.index(1)])]
 
 
 class StepCache:

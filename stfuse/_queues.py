@@ -19,9 +19,10 @@ from stfuse._types import Policy, Submit
 # one tenant alone has of a step, or a flood would come before whoever comes after it.
 _LEVEL = 0.5
 # Steps: who had more of them than others loses the priority of its deadlines, or a
-# flood would never give way. But for its first ones since it had no more than others:
-# with one step for all, bursts lost deadlines that are met in their order (0.6 % at 0.9
-# of the capacity, 20 tenants, half of them within 20 steps; so it is 0.02 %).
+# flood would never give way. But for its first ones, if others had as much when it
+# began to wait: with one step for all, bursts lost deadlines that are met in their
+# order (0.6 % at 0.9 of the capacity, 20 tenants, half of them within 20 steps; so it
+# is 0.02 %).
 _AHEAD, _BURST = 1, 12
 _ROUNDS = 2  # of all who wait: who was passed over for longer comes first
 
@@ -228,9 +229,15 @@ class Queues:
         """
         longest = next(iter(self._since.values()), tenant)
         least_s = min(longest.level_s, self._virtual_s)
-        unit_s = self._unit_s()
-        is_burst = tenant.service_s <= tenant.began_s + _BURST * unit_s
-        return tenant.service_s > least_s + (_BURST if is_burst else _AHEAD) * unit_s
+        unit_s, part = self._unit_s(), 1.0
+        # Less of a burst for who weighs less: one after the other's would take what is
+        # a heavy one's, whose service is behind theirs all the time.
+        if self._weight > 0.0:
+            part = min(part, tenant.weight * len(self._since) / self._weight)
+        most_s = max(_BURST * part, _AHEAD) * unit_s
+        if tenant.service_s > tenant.began_s + most_s:
+            most_s = _AHEAD * unit_s
+        return tenant.service_s > least_s + most_s
 
     def _unit_s(self) -> float:
         """Return the service that a step is to a tenant of the mean weight."""

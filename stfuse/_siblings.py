@@ -49,6 +49,7 @@ class Siblings:
         memory: of its device.
         max_slots: most slots of a step.
         request: has a lane brought up to date.
+        new_lane: names a lane that is not the shared one's, for a job.
     """
 
     def __init__(
@@ -57,14 +58,17 @@ class Siblings:
         memory: Memory,
         max_slots: int,
         request: Callable[[str], None],
+        new_lane: Callable[[str], str],
     ) -> None:
         """Start with none."""
         self._server = server
         self._memory = memory
         self._max_slots = max_slots
         self._request = request
+        self._new_lane = new_lane
         self._num = 0
         self._prepared: list[Any] = []
+        self._held: set[str] = set()
 
     def prepare(self, lane: Lane) -> None:
         """Compile what a lane like this one needs, if there may be one."""
@@ -112,28 +116,37 @@ class Siblings:
             if (name := self._take(lane, tenant)) is not None:
                 self._request(name)
 
-    def hold(self, lane: Lane, tenants: Sequence[Tenant], name: str) -> list[Tenant]:
-        """Serve jobs in a lane like one that is soon built anew for them.
+    def hold(self, lane: Lane, tenants: Sequence[Tenant]) -> list[Tenant]:
+        """Serve jobs in lanes like one that is soon built anew for them.
 
         Args:
             lane: has too few slots.
             tenants: whose jobs.
-            name: of the new lane.
 
         Returns:
             Those that cannot be there.
         """
         left = []
         for tenant in tenants:
-            other = self._server.lanes.get(name)
-            is_held = _has_programs(lane, tenant) and (
-                (other is not None and self._join(other, tenant))
-                or (
-                    other is None and self._open_like(lane, name, tenant, is_twice=True)
-                )
-            )
-            left += [] if is_held else [tenant]
+            try:
+                lanes = [*self._server.lanes.values()]
+                self._held.intersection_update(other.name for other in lanes)
+                others = [other for other in lanes if other.name in self._held]
+                if not any(self._join(other, tenant) for other in others):
+                    self._open_held(lane, tenant)
+            except Exception as error:  # a device may raise anything
+                logging.info("stfuse: no lane like '%s': %s", lane.name, error)
+            left += [] if tenant.is_placed else [tenant]
         return left
+
+    def _open_held(self, lane: Lane, tenant: Tenant) -> None:
+        """Serve a job in a new lane, if one that grows has memory beside that."""
+        grown = bank_bytes(lane, doubled=range(len(lane.capacities)))
+        fits = self._memory.fits(2 * own_bytes(lane) + grown)  # and small lanes' own
+        if fits and _has_programs(lane, tenant):
+            name = self._new_lane(tenant.job.name)
+            self._held.add(name)
+            self._open_like(lane, name, tenant)
 
     def _take(self, lane: Lane, tenant: Tenant) -> str | None:
         """Return the name of the lane that serves a job now, None if there is none."""
@@ -144,6 +157,8 @@ class Siblings:
         for other in self._like(lane):
             if self._join(other, tenant):
                 return other.name
+        if not self._memory.fits(own_bytes(lane)):
+            return None
         self._num += 1
         name = f"{_start(lane)}{self._num}"
         return name if self._open_like(lane, name, tenant) else None
@@ -157,22 +172,8 @@ class Siblings:
         self._server.command(lambda: join(lane, tenant, staged)).result()
         return tenant.is_placed and tenant.lane == lane.name
 
-    def _open_like(
-        self, lane: Lane, name: str, tenant: Tenant, *, is_twice: bool = False
-    ) -> bool:
-        """Serve a job in a new lane like another one, if there is memory for it.
-
-        Args:
-            lane: the other one.
-            name: of the new one.
-            tenant: whose job.
-            is_twice: whether the other one is going to be there once more, with twice
-                the slots.
-        """
-        species = _lane.species_of(lane, tenant.member)
-        more = bank_bytes(lane, doubled=species) if is_twice else 0
-        if not self._memory.fits(own_bytes(lane) + more):
-            return False
+    def _open_like(self, lane: Lane, name: str, tenant: Tenant) -> bool:
+        """Serve a job in a new lane like another one; return whether it is there."""
         new = _lane.sibling(lane, name)
         self._rest()
         staged = _lane.staged(new, tenant.member)

@@ -3,6 +3,7 @@
 import threading
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,9 +60,24 @@ def test_the_first_bucket_covers_the_most(lane):
     capacities, max_slots, max_rows = lane
     first, *rest = _cache.buckets(capacities, max_slots, rows_of(None, max_rows))
     assert first.rows == max_rows
-    assert all(sum(first.slots) >= sum(b.slots) for b in rest)
+    covered = np.count_nonzero(first.slots), sum(first.slots)
+    assert all(covered >= (np.count_nonzero(b.slots), sum(b.slots)) for b in rest)
     if sum(capacities) <= max_slots:
         assert first.slots == tuple(capacities)
+
+
+@given(LANES, st.booleans())
+def test_a_lane_that_begins_to_serve_can_serve_all(lane, each):
+    capacities, max_slots, max_rows = lane
+    found = _cache.buckets(capacities, max_slots, rows_of(None, max_rows))
+    first = _cache.covering(found, each=each)
+    assert set(first) <= set(found) and all(b.rows == max_rows for b in first)
+    slots = np.array([b.slots for b in first])
+    assert slots.any(0).all()
+    if each:
+        assert (slots.sum(1) == 1).all() and len(first) == len(capacities)
+    elif len(capacities) <= max_slots:
+        assert len(first) == 1
 
 
 @given(LANES)

@@ -355,3 +355,30 @@ def test_failure_11_a_compile_that_raises_refuses_only_the_job_it_was_for():
             ready.result(60)
         assert engine._server.lanes["all"].bank is bank
         assert engine.infer("a", ROW).tobytes() == before
+
+
+@pytest.mark.parametrize("is_compiler_broken", [False, True])
+def test_failure_10_a_lane_that_begins_to_serve_serves_all(is_compiler_broken):
+    """More slots than a step may have: the largest step is not everybody's."""
+    device, may_compile = FakeDevice(), threading.Event()
+    compile_step, lanes = device.compile, {}
+
+    def gated(step_fn, *specs):
+        if "all" in lanes:
+            assert may_compile.wait(60)
+            if is_compiler_broken:
+                raise RuntimeError("no compiler")
+        return compile_step(step_fn, *specs)
+
+    device.compile = gated
+    widths = {f"{i}-{width}": width for width in (3, 4, 5) for i in range(width - 2)}
+    with serve(device=device, max_batch_size=1, max_slots=2) as engine:
+        with engine._server.lock:  # so that the builder sees all at once
+            for name, width in widths.items():
+                engine.add(affine_job(name, width=width))
+            lanes = engine._server.lanes
+        for _ in range(2):  # before anything else is compiled, and then
+            for name, width in widths.items():
+                x = np.ones((1, width), np.float32)
+                assert engine.submit(name, x).result(60).shape == x.shape
+            may_compile.set()

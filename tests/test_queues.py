@@ -1,8 +1,11 @@
 """The order in which tenants are served: by weight, by deadline, and for how long."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
+import stfuse
 from stfuse._scheduler import Scheduler
 from stfuse._types import Bucket, Cancel, Install, Join, Leave, Policy, Ready, Submit
 from stfuse.testing import Arrivals, poisson, simulate
@@ -103,6 +106,32 @@ def test_deadlines_that_can_be_met_are_met_beside_others_that_have_time(seed, sc
         elif i < len(arrivals.due_s):
             now_s = max(now_s, float(arrivals.due_s[i]))
     assert missed <= 0.002 * len(arrivals.due_s)
+
+
+@pytest.mark.parametrize("load", [0.9, 1.2])
+@pytest.mark.parametrize(("weight", "least"), [(100.0, 0.8), (10.0, 0.18)])
+def test_bursts_of_light_tenants_leave_a_heavy_one_its_share(seed, load, weight, least):
+    # The heavy one always waits, without deadlines; half of the others' are short.
+    arrivals = poisson(load / STEP_S, int(5 * load / STEP_S), 20, seed=seed)
+    scheduler, now_s, i, waiting = one_slot([1.0] * 20 + [weight]), 0.0, 0, 0
+    served = np.zeros(21)
+    while i < len(arrivals.due_s):
+        while i < len(arrivals.due_s) and arrivals.due_s[i] <= now_s:
+            deadline_s = now_s + (0.02 if arrivals.tenants[i] % 2 else 10.0)
+            with contextlib.suppress(stfuse.DeadlineError):
+                tenant = str(arrivals.tenants[i])
+                scheduler.handle(Submit(i, tenant, 1, now_s, deadline_s))
+            i += 1
+        while waiting < 3:
+            scheduler.handle(
+                Submit(1_000_000 + int(served[20]) + waiting, "20", 1, now_s)
+            )
+            waiting += 1
+        (chunk,) = scheduler.decide(now_s).batch.chunks
+        now_s += STEP_S
+        served[int(chunk.tenant)] += 1
+        waiting -= chunk.tenant == "20"
+    assert served[20] >= least * served.sum()
 
 
 def test_a_light_tenant_waits_for_its_share_not_for_a_round_of_all():

@@ -7,7 +7,7 @@ import pytest
 
 import stfuse
 from stfuse import _bank, _lane
-from stfuse.testing import FakeDevice, affine_job
+from stfuse.testing import FakeDevice, ManualClock, affine_job
 from tests.serving import ROW, assert_idle, serve
 from tests.test_lengths import assert_alone, encoder, request, sample
 
@@ -306,6 +306,49 @@ def test_until_a_lane_has_grown_one_like_it_serves_the_newcomers():
         assert engine._server.lanes["all"].capacities == (8,)
         assert_all_answer(engine, range(6))
         assert_idle(engine)
+
+
+def test_if_a_lane_cannot_grow_newcomers_get_small_lanes_of_their_own():
+    device = FakeDevice()
+    compile_step = device.compile
+
+    def broken(step_fn, *specs):
+        if specs[0][0].shape[0] == 8:
+            raise RuntimeError("too large")
+        return compile_step(step_fn, *specs)
+
+    options = {"max_batch_size": 1, "clock": ManualClock()}
+    with serve(*map(job, range(4)), device=device, **options) as engine:
+        device.compile = broken
+        for i in (4, 5):
+            engine.add(job(i)).result(60)
+        lanes = engine._server.lanes.values()
+        assert sorted(lane.capacities for lane in lanes) == [(1,), (1,), (4,)]
+        device.compile = compile_step
+        engine.add(job(6)).result(60)
+        assert engine._server.lanes["all"].capacities == (8,)
+        assert_all_answer(engine, range(7))
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize("limit", [290_000, 320_000])
+def test_no_lane_holds_newcomers_that_a_larger_one_has_no_memory_beside(limit):
+    def wide(i):
+        return affine_job(f"t{i}", scale=i + 1.0, width=64, pinned=i == 4)
+
+    options = {"max_batch_size": 1, "max_slots": 8, "max_device_bytes": limit}
+    options["clock"] = ManualClock()  # so that nobody is slow, and evicted
+    with serve(wide(0), device=FakeDevice(), **options) as engine:
+        for i in range(1, 4):
+            engine.add(wide(i)).result(60)
+        engine.add(affine_job("thin", width=8)).result(60)
+        with engine._server.lock:  # so that the builder sees both at once
+            other = engine.add(affine_job("other", width=8, pinned=True))
+            ready = [other, engine.add(wide(4))]
+        for one in ready:
+            one.result(60)
+        assert not any(t.is_on_host for t in engine._server.tenants.values())
+        assert engine._server.lanes["all"].capacities == (8, 2)
 
 
 def test_an_empty_lane_that_cannot_be_prepared_costs_nobody_its_place(monkeypatch):
