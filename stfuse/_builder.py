@@ -201,7 +201,7 @@ class Builder:
         return tenant.is_placed
 
     def _serve_alone(self, shared: Lane, new: Sequence[Tenant]) -> None:
-        """Serve new jobs in small lanes, by program, until the shared one has them."""
+        """Serve new jobs in lanes like the shared one, or small ones, until it does."""
         of: dict[object, list[Tenant]] = {}
         for tenant in new:
             of.setdefault(program(tenant), []).append(tenant)

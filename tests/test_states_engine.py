@@ -86,6 +86,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.lives, self.past = {}, []
         self.is_held = self.is_lost = self.may_refuse = self.is_closed = False
         self.is_drained, self.num_doomed, self.jumped_s = drain, 0, 0.0
+        self.has_new = False  # since all were ready
         for name in NAMES[:2]:
             self.add(name)
 
@@ -112,6 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.engine.add(job)
             return
         self.lives[name] = Life(self.engine.add(job), [scale])
+        self.has_new = True
         if self.is_lost:
             self.lives[name].may_be_refused = True
             self.settle_additions()
@@ -146,6 +148,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert life.may_be_refused and isinstance(error, stfuse.DeviceError)
                 wait_for(lambda n=name: n not in self.engine.stats().tenants)
                 self.past.append(self.lives.pop(name))
+        self.has_new = False
 
     @precondition(is_free)
     @rule(name=names)
@@ -261,7 +264,7 @@ class EngineMachine(RuleBasedStateMachine):
     def lose(self, how):
         if not self.is_held:
             self.settle_additions()
-        elif not all(life.ready.done() for life in self.lives.values()):
+        elif self.has_new:  # whether it is ready already depends on the moment
             return
         for life in self.lives.values():
             for asked in life.asked:
