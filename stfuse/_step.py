@@ -31,6 +31,10 @@ from stfuse._together import How
 from stfuse._types import Cost
 from stfuse._values import Env, Held, read
 
+# On a GPU a step is a CUDA graph, in which launches that wait for nothing of one
+# another need not be in a sequence.
+OVERLAPPING = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
 # Rows to the derivative's programs, one per variant among the species' jobs.
 VjpFn = Callable[[int], Sequence[Trace]]
 Vjps = Sequence[tuple[VjpFn, tuple[int, ...]]]
@@ -83,12 +87,9 @@ def make_step(
 
 
 def compiler_options(plan: Plan) -> dict[str, str]:
-    """Return what XLA is told of a step: where jobs differ, much of it is independent.
-
-    On a GPU a step is a CUDA graph, in which such launches need not be in a sequence.
-    """
+    """Return what XLA is told of a step: where jobs differ, much may overlap."""
     is_mixed = len(plan.species) > 1 and plan.cost.source != "cpu"
-    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if is_mixed else {}
+    return OVERLAPPING if is_mixed else {}
 
 
 def _shelves(layout: Layout, stacks: Iterable[int]) -> dict[int, int]:

@@ -371,14 +371,16 @@ def test_failure_10_a_lane_that_begins_to_serve_serves_all(is_compiler_broken):
         return compile_step(step_fn, *specs)
 
     device.compile = gated
-    widths = {f"{i}-{width}": width for width in (3, 4, 5) for i in range(width - 2)}
+    widths = [(width, i) for width in (3, 4, 5) for i in range(width - 2)]
+    jobs = [affine_job(f"{w}-{i}", scale=i + 2.0, width=w) for w, i in widths]
     with serve(device=device, max_batch_size=1, max_slots=2) as engine:
         with engine._server.lock:  # so that the builder sees all at once
-            for name, width in widths.items():
-                engine.add(affine_job(name, width=width))
+            for job in jobs:
+                engine.add(job)
             lanes = engine._server.lanes
         for _ in range(2):  # before anything else is compiled, and then
-            for name, width in widths.items():
+            for job, (width, _) in zip(jobs, widths, strict=True):
                 x = np.ones((1, width), np.float32)
-                assert engine.submit(name, x).result(60).shape == x.shape
+                answer = engine.submit(job.name, x).result(60)
+                np.testing.assert_array_equal(answer, job.apply_fn(job.params, x))
             may_compile.set()
