@@ -38,6 +38,7 @@ from stfuse._turns import QUICK_S, TURNS, giving_way
 from stfuse._types import Bucket, Policy
 
 _NUM_TIMINGS = 3
+_REST_STEPS = 20  # between them, in their own time: others wait for each
 
 
 class Builder:
@@ -350,8 +351,10 @@ class Builder:
             logging.log(level, what, lane.name, bucket, error)
 
     def _measure(self, lane: Lane, bucket: Bucket) -> None:
-        for _ in range(_NUM_TIMINGS):  # requests are served between them
-            self._server.command(lambda: self._server.measure(lane, bucket)).result()
+        measure = partial(self._server.measure, lane, bucket)
+        for _ in range(_NUM_TIMINGS):
+            step_s = self._server.command(measure).result()
+            self._siblings.rest(_REST_STEPS * step_s)
 
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._rows)

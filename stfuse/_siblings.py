@@ -175,22 +175,22 @@ class Siblings:
     def _open_like(self, lane: Lane, name: str, tenant: Tenant) -> bool:
         """Serve a job in a new lane like another one; return whether it is there."""
         new = _lane.sibling(lane, name)
-        self._rest()
+        self.rest()
         staged = _lane.staged(new, tenant.member)
-        self._rest()
+        self.rest()
         # Written before it serves: nobody waits for that.
         if not _lane.join(new, staged):
             return False  # its shared leaves are others
-        self._rest()
+        self.rest()
         return self._server.command(lambda: self._open(new, tenant)).result()
 
-    def _rest(self) -> None:
+    def rest(self, seconds: float = _REST_S) -> None:
         """Let whoever is served catch up with what this thread did.
 
         To give way within each part, by looks at the clock, costs more than they do.
         """
         if is_busy(self._server):
-            time.sleep(_REST_S)
+            time.sleep(seconds)
 
     def _open(self, lane: Lane, tenant: Tenant) -> bool:
         """Let a new lane serve its first job, on the device thread."""

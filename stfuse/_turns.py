@@ -26,7 +26,9 @@ _SHORT_FOR_S = (1.0, 64.0)  # then turns are short for so long: at first, and at
 REFUSED_S = 1e-4
 _RUN_S = 2e-4  # of a thread that gives way, between two rests
 _REST, _LONG_REST = 5.0, 25.0  # times as long as it ran
-_CALLS = 128  # between two looks at the clock
+_EVENTS = 128  # calls and returns of functions, between two looks at the clock
+_STARTS = 16  # the same of Python's own functions, of which there are fewer
+_TOOLS = (3, 4)  # of `sys.monitoring`: those that are nobody's by name
 _MOST_REST_S = 0.05  # whatever it did: a compiler runs for long and holds up nobody
 
 
@@ -145,6 +147,83 @@ class OwnTurns:
         self._turns.ask(seconds, before)
 
 
+class _Starts:
+    """Calls back whenever a Python function starts in one of some threads.
+
+    From Python 3.12 on a profile function of one thread makes all threads half as fast.
+    A start in another thread is heard of here, too, but once: that function's are then
+    switched off for good, and cost nothing.
+
+    Attributes:
+        looks: what is called, by thread.
+        tool: the number under which Python knows of this; None while nobody listens.
+    """
+
+    def __init__(self) -> None:
+        """Listen to nobody yet."""
+        self._lock = threading.Lock()
+        self.looks: dict[int, Callable[..., None]] = {}
+        self.tool: int | None = None
+
+    @contextlib.contextmanager
+    def watched(self, look: Callable[..., None]) -> Iterator[None]:
+        """Call back in this thread while within, if Python has a tool left for it."""
+        thread = threading.get_ident()
+        with self._lock:
+            before = self.looks.get(thread)
+            self.looks[thread] = look
+            self._listen()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self.looks[thread]
+                if before is not None:
+                    self.looks[thread] = before
+                self._listen()
+
+    def _listen(self) -> None:
+        """Listen while there is anybody to call, also to what was switched off."""
+        tools: Any = sys.monitoring  # type: ignore[attr-defined]
+        start = tools.events.PY_START
+        if self.looks and self.tool is None:
+            free = [tool for tool in _TOOLS if tools.get_tool(tool) is None]
+            for self.tool in free[:1]:
+                tools.use_tool_id(self.tool, "stfuse")
+                tools.register_callback(self.tool, start, self._started)
+                tools.set_events(self.tool, start)
+        if self.tool is None:
+            return
+        if self.looks:
+            tools.restart_events()
+        else:
+            tools.set_events(self.tool, 0)
+            tools.register_callback(self.tool, start, None)
+            tools.free_tool_id(self.tool)
+            self.tool = None
+
+    def _started(self, *_: Any) -> Any:
+        look = self.looks.get(threading.get_ident())
+        if look is None:
+            return sys.monitoring.DISABLE  # type: ignore[attr-defined]
+        return look()
+
+
+@contextlib.contextmanager
+def _profiled(look: Callable[..., None]) -> Iterator[None]:
+    """Call back at each call and return of this thread's functions while within."""
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+_HAS_EVENTS = hasattr(sys, "monitoring")  # from Python 3.12 on
+_STARTED = _Starts()
+
+
 @contextlib.contextmanager
 def giving_way(
     is_served: bool, num_waiting: Callable[[], int], many: int
@@ -154,7 +233,7 @@ def giving_way(
     Python has no priorities: a thread that traces gets as many turns as the one that
     serves, which is too few for that one where it needs more than half of them. So it
     looks at the clock every so many calls of functions, which makes it about twice as
-    slow by itself.
+    slow by itself, and nobody else.
 
     Args:
         is_served: whether anybody is; if not, this does nothing.
@@ -164,22 +243,19 @@ def giving_way(
     if not is_served:
         yield
         return
-    began_s, left = time.thread_time(), _CALLS
+    between = _STARTS if _HAS_EVENTS else _EVENTS
+    began_s, left = time.thread_time(), between
 
     def look(*_: Any) -> None:
         nonlocal began_s, left
         left -= 1
         if not left:
-            left, ran_s = _CALLS, time.thread_time() - began_s
+            left, ran_s = between, time.thread_time() - began_s
             if ran_s > _RUN_S:
                 if num := num_waiting():
                     times = _LONG_REST if num > many else _REST
                     time.sleep(min(times * ran_s, _MOST_REST_S))
                 began_s = time.thread_time()
 
-    before = sys.getprofile()
-    sys.setprofile(look)  # of this thread only
-    try:
+    with (_STARTED.watched if _HAS_EVENTS else _profiled)(look):
         yield
-    finally:
-        sys.setprofile(before)

@@ -180,11 +180,22 @@ def test_an_engine_beside_a_thread_that_never_waits_has_short_turns(interval):
     assert now_s() == interval
 
 
+def one():
+    return abs(1)
+
+
 def called(seconds):
-    """Call functions for so much processor time."""
+    """Call functions, Python's and others, for so much processor time."""
     end_s = time.thread_time() + seconds
     while time.thread_time() < end_s:
-        abs(1)
+        one()
+
+
+def is_watched():
+    """Return whether this thread looks at the clock again and again."""
+    if _turns._HAS_EVENTS:
+        return threading.get_ident() in _turns._STARTED.looks
+    return sys.getprofile() is not None
 
 
 @pytest.fixture
@@ -206,7 +217,7 @@ def test_who_gives_way_rests_five_times_as_long_as_it_runs(rests_s, num, least, 
 
 def test_nobody_rests_while_nobody_is_served_or_waits(rests_s):
     with giving_way(False, lambda: 1, 0):
-        assert sys.getprofile() is None
+        assert not is_watched()
         called(0.01)
     with giving_way(True, lambda: 0, 0):
         called(0.01)
@@ -216,11 +227,76 @@ def test_nobody_rests_while_nobody_is_served_or_waits(rests_s):
 def test_only_the_thread_that_gives_way_is_watched_and_only_within(rests_s):
     seen = []
     with pytest.raises(ValueError), giving_way(True, lambda: 1, 0):
-        thread = threading.Thread(target=lambda: seen.append(sys.getprofile()))
+        thread = threading.Thread(target=lambda: seen.append(is_watched()))
         thread.start(), thread.join()
-        assert sys.getprofile() is not None
+        assert is_watched()
         raise ValueError
-    assert seen == [None] and sys.getprofile() is None
+    assert seen == [False] and not is_watched()
+
+
+@pytest.mark.skipif(not _turns._HAS_EVENTS, reason="a profile function is a thread's")
+def test_other_threads_are_heard_of_once_a_function():
+    heard = []
+
+    class Listener(_turns._Starts):
+        def _started(self, code, *more):
+            heard.append((threading.get_ident(), code))
+            return super()._started(code, *more)
+
+    listener, looks = Listener(), []
+    tools = [sys.monitoring.get_tool(i) for i in range(6)]
+
+    def call():
+        for _ in range(50):
+            one()
+
+    with listener.watched(lambda *_: looks.append(threading.get_ident())):
+        thread = threading.Thread(target=call)
+        thread.start(), thread.join()
+        before = len(looks)
+        call()
+    mine = [code for who, code in heard if who != threading.get_ident()]
+    assert mine.count(one.__code__) == 1 and mine.count(call.__code__) == 1
+    assert {*looks} == {threading.get_ident()} and len(looks) > before
+    assert [sys.monitoring.get_tool(i) for i in range(6)] == tools
+    num = len(heard)
+    call()
+    assert len(heard) == num
+
+    for tool in _turns._TOOLS:
+        sys.monitoring.use_tool_id(tool, "another")
+    try:
+        with listener.watched(lambda *_: looks.append(0)):
+            call()
+        assert 0 not in looks  # it rests no more, but does its work
+    finally:
+        for tool in _turns._TOOLS:
+            sys.monitoring.free_tool_id(tool)
+
+
+@pytest.mark.skipif(not _turns._HAS_EVENTS, reason="a profile function is a thread's")
+def test_several_threads_are_watched_each_for_itself():
+    listener, seen = _turns._Starts(), {}
+    both, done = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+
+    def run(name, inner):
+        with listener.watched(lambda *_: seen.setdefault(name, set()).add("outer")):
+            both.wait()
+            one()
+            if inner:
+                with listener.watched(lambda *_: seen[name].add("inner")):
+                    one()
+            done.wait()
+            seen[name].discard("outer")
+            one()
+
+    threads = [threading.Thread(target=run, args=of) for of in (("a", True), ("b", 0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == {"a": {"outer", "inner"}, "b": {"outer"}}
+    assert not listener.looks and listener.tool is None
 
 
 def test_a_lane_is_built_politely_while_others_are_served():
@@ -228,7 +304,7 @@ def test_a_lane_is_built_politely_while_others_are_served():
 
     class Device(FakeDevice):
         def compile(self, step_fn, *specs):
-            seen.append(sys.getprofile() is not None)
+            seen.append(is_watched())
             return super().compile(step_fn, *specs)
 
     with serve(affine_job("a", width=7), device=Device(), max_batch_size=2) as engine:
