@@ -269,8 +269,9 @@ class Builder:
                 self._compile(lane, bucket)
         if self._policy is Policy.SPACE_TIME:
             # A write of each program, so that none has to be compiled while serving.
-            for tenant in {program(t): t for t in tenants}.values():
-                _lane.write(lane, tenant.member)
+            with self._politely():
+                for tenant in {program(t): t for t in tenants}.values():
+                    _lane.write(lane, tenant.member)
         return lane
 
     def _catch_up(self, lane: Lane, tenants: Sequence[Tenant]) -> None:
@@ -365,10 +366,9 @@ class Builder:
         return giving_way(is_busy(server), lambda: server.scheduler.num_queued, many)
 
     def _compile(self, lane: Lane, bucket: Bucket) -> None:
-        server, cost = self._server, _cost.resolve("auto")
+        of, cost = (lane, bucket, self._server.device), _cost.resolve("auto")
         with self._politely():
-            of = lane, bucket, server.device
-            step = _lane.compile_bucket(*of, cost=cost, is_beside=is_busy(server))
+            step = _lane.compile_bucket(*of, cost=cost, is_beside=is_busy(self._server))
         self._memory.admit(lane, bucket, step)
         lane.steps[bucket] = step
 

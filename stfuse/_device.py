@@ -8,6 +8,7 @@ memory are calls of their own, and each gives the interpreter away.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,12 @@ from stfuse._stacked import to_host
 from stfuse._step import OVERLAPPING
 
 _PINNED = "pinned_host"
-# No kernel is tried on the device while a step is compiled: steps take as long.
-_UNTRIED: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+# Beside others no kernel is tried on their device, which makes no step slower, and most
+# cores are theirs: the threads that serve wait for one as for the device.
+_BESIDE: dict[str, Any] = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_force_compilation_parallelism": max((os.cpu_count() or 1) // 4, 1),
+}
 _PACKED = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
@@ -174,7 +179,7 @@ class JaxDevice:
         self, step_fn: Callable[..., Any], *specs: Any
     ) -> Callable[..., Any]:
         """Compile a step while the device serves others, and keep away from it."""
-        options = {**OVERLAPPING, **_UNTRIED} if self._is_gpu else {}
+        options = {**OVERLAPPING, **_BESIDE} if self._is_gpu else {}
         return self._compile(step_fn, specs, options)
 
     def _compile(

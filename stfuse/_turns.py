@@ -25,7 +25,7 @@ _SHORT_FOR_S = (1.0, 64.0)  # then turns are short for so long: at first, and at
 # would take the interpreter from those who serve the others.
 REFUSED_S = 1e-4
 _RUN_S = 2e-4  # of a thread that gives way, between two rests
-_REST, _LONG_REST = 5.0, 25.0  # times as long as it ran
+_REST, _LONG_REST = 12.0, 50.0  # times as long as it ran
 _EVENTS = 128  # calls and returns of functions, between two looks at the clock
 _STARTS = 16  # the same of Python's own functions, of which there are fewer
 _TOOLS = (3, 4)  # of `sys.monitoring`: those that are nobody's by name
@@ -228,7 +228,7 @@ _STARTED = _Starts()
 def giving_way(
     is_served: bool, num_waiting: Callable[[], int], many: int
 ) -> Iterator[None]:
-    """Let this thread rest five sixths of its time while others wait, or nearly all.
+    """Let this thread rest most of its time while others wait, or nearly all.
 
     Python has no priorities: a thread that traces gets as many turns as the one that
     serves, which is too few for that one where it needs more than half of them. So it
