@@ -37,6 +37,7 @@ from examples.paper import Part
 from examples.paper_models import dtype_here, known
 
 WAYS = ("time", "space", "in turn", "space-time")
+COMPANY_S = {"space-time": 2e-3}  # fuller steps cost the host less a request
 POLICIES = {"in turn": "time", "space-time": "space-time", "exclusive": "exclusive"}
 MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
 LOADS = (0.5, 0.7, 0.9)
@@ -287,8 +288,8 @@ def serving(part: Part, way: str, fleet: Fleet, model: str) -> Iterator[Way | No
     num = len(fleet.jobs)
     if way in POLICIES:
         options = {"policy": POLICIES[way], "max_batch_size": MAX_BATCH_SIZE}
-        options |= {"max_slots": num, "strict_shares": True}  # all weigh the same
-        with fleets.serve(fleet.jobs, **options) as engine:
+        options |= {"max_slots": num, "max_queue_delay_s": COMPANY_S.get(way, 0.0)}
+        with fleets.serve(fleet.jobs, strict_shares=True, **options) as engine:
             yield InEngine(engine, fleet)
         return
     if part.processes < num:

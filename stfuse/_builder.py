@@ -29,7 +29,8 @@ from stfuse._cache import buckets, covering
 from stfuse._flight import Tenant
 from stfuse._lane import Lane
 from stfuse._members import SHARED, refusal
-from stfuse._memory import DoesNotFit, Memory, bank_bytes
+from stfuse._memory import DoesNotFit, Memory
+from stfuse._newcomers import Newcomers
 from stfuse._regroup import Regroup, fewer_slots, program
 from stfuse._residency import as_install
 from stfuse._server import Server
@@ -70,6 +71,8 @@ class Builder:
         self._regroup = Regroup(server)
         of = self._memory, max_slots, self.request, self._regroup.new_lane
         self._siblings = Siblings(server, *of)
+        of = self._siblings, self.request, self._regroup.is_evicted
+        self.newcomers = Newcomers(server, *of)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
@@ -97,11 +100,13 @@ class Builder:
         with self._server.lock:
             self._is_closed = True
             self._server.lock.notify_all()
+        self.newcomers.close()
 
     def run(self) -> None:
         """Build what is asked for until closed: the builder thread."""
         server, regroup = self._server, self._regroup
         while True:
+            self.newcomers.end()
             with server.lock:
                 while not (self._pending or self._is_closed or regroup.is_due()):
                     server.lock.wait(regroup.wait_s())
@@ -116,6 +121,8 @@ class Builder:
             moves = regroup.moves()
             if regroup.to_measure is not None:
                 (lane, bucket), regroup.to_measure = regroup.to_measure, None
+                with server.lock:
+                    self.newcomers.begin([])
                 with TURNS.at_most(QUICK_S):
                     self._add_bucket(lane, bucket)
                 moves = regroup.moves()
@@ -128,7 +135,9 @@ class Builder:
         self._server.faults.canary.prepare()  # does nothing if it is
         with self._server.lock:
             tenants = [t for t in self._server.tenants.values() if t.wanted == name]
+            tenants = [t for t in tenants if not self.newcomers.is_at(t)]
             new = [t for t in tenants if t.lane != name or not t.is_placed]
+            self.newcomers.begin(new)
         if name == SHARED and (lanes := self._regroup.settle(new)):
             for lane in (*lanes, name):
                 self.request(lane)
@@ -156,7 +165,7 @@ class Builder:
         lane = self._join(name, tenants, new)
         if lane is not None:
             new = [t for t in new if t.lane != name or not t.is_placed]
-            new = [t for t in new if not self._waits_for_slot(lane, t)]
+            new = [t for t in new if not self._siblings.waits_for_slot(lane, t)]
             if not new and name not in self._stale:
                 return lane
             if name == SHARED:
@@ -186,21 +195,6 @@ class Builder:
             lane = server.lanes.get(name)
         return None if any(t.swaps for t in tenants) else lane
 
-    def _waits_for_slot(self, lane: Lane, tenant: Tenant) -> bool:
-        """Keep a job on the host if its lane cannot grow; return whether it is."""
-        residency = self._server.members.residency
-        if self._memory.limit_bytes is None or not residency.can_hold(lane, tenant):
-            return False
-        needed = self._siblings.needs(lane, tenant)
-        if needed is None:
-            species = _lane.species_of(lane, tenant.member)
-            needed = bank_bytes(lane, doubled=species)
-        if self._memory.fits(needed):
-            return False
-        arrive = self._server.members.arrive
-        self._server.command(lambda: arrive(lane, [tenant])).result()
-        return tenant.is_placed
-
     def _serve_alone(self, shared: Lane, new: Sequence[Tenant]) -> None:
         """Serve new jobs in lanes like the shared one, or small ones, until it does."""
         of: dict[object, list[Tenant]] = {}
@@ -222,21 +216,22 @@ class Builder:
     ) -> Lane:
         """Build a lane beside the running one, and let it serve instead."""
         server, capacity = self._server, None
-        while True:
-            try:
-                lane = self._build(name, tenants, capacity, is_small=is_small)
-            except DoesNotFit:
-                capacity = fewer_slots(tenants, capacity)
-                if capacity is None:
-                    raise
-                continue
-            self._catch_up(lane, tenants)
-            for bucket in [b for b in lane.steps if b not in lane.step_s]:
-                self._measure(lane, bucket)  # each must run before it may serve
-            if name == SHARED and self._is_refused(lane, tenants):
-                return server.lanes[name]
-            if server.command(lambda: self._hand_over(lane, tenants)).result():  # noqa: B023
-                return lane
+        with self._siblings.replacing(name, tenants) as tenants:
+            while True:
+                try:
+                    lane = self._build(name, tenants, capacity, is_small=is_small)
+                except DoesNotFit:
+                    capacity = fewer_slots(tenants, capacity)
+                    if capacity is None:
+                        raise
+                    continue
+                self._catch_up(lane, tenants)
+                for bucket in [b for b in lane.steps if b not in lane.step_s]:
+                    self._measure(lane, bucket)  # each must run before it may serve
+                if name == SHARED and self._is_refused(lane, tenants):
+                    return server.lanes[name]
+                if server.command(partial(self._hand_over, lane, tenants)).result():
+                    return lane
 
     def _build(
         self,
@@ -283,7 +278,7 @@ class Builder:
         if running is None or is_urgent or 2 * num_new > len(tenants):
             return
         for bucket in self._buckets(lane):
-            if self._is_closed or lane.name in self._pending:
+            if self._is_closed or self._is_waited_for(lane.name):
                 return
             is_used = bucket in running.steps or bucket.is_open
             if is_used and bucket not in lane.steps:
@@ -293,6 +288,11 @@ class Builder:
                 except Exception as error:  # `_complete` tries it again, and says so
                     lane.steps.pop(bucket, None)
                     logging.info("stfuse: '%s' lacks %s: %s", lane.name, bucket, error)
+
+    def _is_waited_for(self, name: str) -> bool:
+        """Return whether somebody waits until a lane is brought up to date."""
+        there = [t for t in [*self._server.tenants.values()] if t.wanted == name]
+        return self.is_pending(name) and any(t.swaps or not t.is_placed for t in there)
 
     def _is_refused(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
         """Measure a lane that takes evicted jobs back; return whether it does not."""

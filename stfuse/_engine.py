@@ -381,11 +381,12 @@ class Engine:
 
 
 def _started(server: Server, builder: Builder) -> list[threading.Thread]:
-    """Start an engine's threads: one builds, one serves, one runs callbacks."""
+    """Start an engine's threads: two build, one serves, two run callbacks."""
     threads = [
         threading.Thread(target=run, name=f"stfuse-{what}", daemon=True)
         for what, run in (
             ("build", lambda: _supervise.build(server, builder)),
+            ("place", lambda: _supervise.place(server, builder)),
             ("serve", server.turns.held()(server.serve)),
             ("callbacks", server.books.callbacks.run),
             ("awaited", server.books.callbacks.run_awaited),

@@ -83,6 +83,10 @@ class Regroup:
         self._num_own += 1
         return f"{name}#{self._num_own}"
 
+    def is_evicted(self, tenant: Tenant) -> bool:
+        """Return whether a job's program has a lane of its own."""
+        return program(tenant) in self._own
+
     def settle(self, tenants: list[Tenant]) -> list[str]:
         """Send new jobs of an evicted program where it is; return those lanes."""
         found = []

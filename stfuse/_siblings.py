@@ -7,8 +7,10 @@ built anew for more jobs; until then a lane like it serves them.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -50,6 +52,9 @@ class Siblings:
         max_slots: most slots of a step.
         request: has a lane brought up to date.
         new_lane: names a lane that is not the shared one's, for a job.
+
+    Attributes:
+        placing: held while jobs are given slots of lanes that are there.
     """
 
     def __init__(
@@ -69,6 +74,30 @@ class Siblings:
         self._num = 0
         self._prepared: list[Any] = []
         self._held: set[str] = set()
+        self.placing = threading.RLock()
+        self._replaced: str | None = None
+
+    @contextlib.contextmanager
+    def replacing(
+        self, name: str, tenants: Sequence[Tenant]
+    ) -> Iterator[Sequence[Tenant]]:
+        """Let nobody have a slot of a lane that is built anew while within.
+
+        Args:
+            name: the lane's.
+            tenants: whom it is built for.
+
+        Yields:
+            Those, and who was given a slot of the old one meanwhile.
+        """
+        with self.placing, self._server.lock:
+            self._replaced = name
+            there = [t for t in self._server.tenants.values() if t.is_placed]
+            there = [t for t in there if t.lane == t.wanted == name]
+        try:
+            yield [*tenants, *(t for t in there if t not in tenants)]
+        finally:
+            self._replaced = None
 
     def prepare(self, lane: Lane) -> None:
         """Compile what a lane like this one needs, if there may be one."""
@@ -82,7 +111,22 @@ class Siblings:
             except Exception as error:  # a compiler's; that lane would say so
                 logging.info("stfuse: no lane like '%s' yet: %s", lane.name, error)
 
-    def needs(self, lane: Lane, tenant: Tenant) -> int | None:
+    def waits_for_slot(self, lane: Lane, tenant: Tenant) -> bool:
+        """Keep a job on the host if its lane cannot grow; return whether it is."""
+        residency = self._server.members.residency
+        if self._memory.limit_bytes is None or not residency.can_hold(lane, tenant):
+            return False
+        needed = self._needs(lane, tenant)
+        if needed is None:
+            species = _lane.species_of(lane, tenant.member)
+            needed = bank_bytes(lane, doubled=species)
+        if self._memory.fits(needed):
+            return False
+        arrive = self._server.members.arrive
+        self._server.command(lambda: arrive(lane, [tenant])).result()
+        return tenant.is_placed
+
+    def _needs(self, lane: Lane, tenant: Tenant) -> int | None:
         """Return the bytes that a job needs in a lane like a full one.
 
         Nothing if there is one with a free slot; None if the lane is not full.
@@ -112,9 +156,10 @@ class Siblings:
             lane: the full one.
             tenants: whose jobs have no free slot there.
         """
-        for tenant in tenants:
-            if (name := self._take(lane, tenant)) is not None:
-                self._request(name)
+        with self.placing:
+            found = [self._take(lane, tenant) for tenant in tenants]
+        for name in dict.fromkeys(name for name in found if name is not None):
+            self._request(name)
 
     def hold(self, lane: Lane, tenants: Sequence[Tenant]) -> list[Tenant]:
         """Serve jobs in lanes like one that is soon built anew for them.
@@ -126,18 +171,38 @@ class Siblings:
         Returns:
             Those that cannot be there.
         """
-        left = []
         for tenant in tenants:
             try:
-                lanes = [*self._server.lanes.values()]
-                self._held.intersection_update(other.name for other in lanes)
-                others = [other for other in lanes if other.name in self._held]
-                if not any(self._join(other, tenant) for other in others):
-                    self._open_held(lane, tenant)
+                with self.placing:
+                    self._hold(lane, tenant)
             except Exception as error:  # a device may raise anything
                 logging.info("stfuse: no lane like '%s': %s", lane.name, error)
-            left += [] if tenant.is_placed else [tenant]
-        return left
+        return [tenant for tenant in tenants if not tenant.is_placed]
+
+    def place(self, lane: Lane, tenant: Tenant) -> None:
+        """Serve a job in the shared lane, if it stays, or in one like it, if any can.
+
+        Args:
+            lane: the shared one.
+            tenant: whose job has no lane.
+        """
+        if self._join(lane, tenant):
+            return
+        if (name := self._take(lane, tenant)) is None:
+            self._hold(lane, tenant)
+        else:
+            self._request(name)
+
+    def _hold(self, lane: Lane, tenant: Tenant) -> None:
+        """Serve a job in a lane like one that is built anew, until that is there."""
+        lanes = [*self._server.lanes.values()]
+        self._held.intersection_update(other.name for other in lanes)
+        others = [other for other in lanes if other.name in self._held]
+        if not any(self._join(other, tenant) for other in others):
+            self._open_held(lane, tenant)
+        with self._server.lock:
+            if tenant.is_placed:
+                tenant.home = SHARED
 
     def _open_held(self, lane: Lane, tenant: Tenant) -> None:
         """Serve a job in a new lane, if one that grows has memory beside that."""
@@ -165,7 +230,7 @@ class Siblings:
 
     def _join(self, lane: Lane, tenant: Tenant) -> bool:
         """Give a job a free slot of a lane; return whether it is there now."""
-        if not _lane.has_room(lane, tenant.member):
+        if lane.name == self._replaced or not _lane.has_room(lane, tenant.member):
             return False
         staged = _lane.staged(lane, tenant.member)
         join = self._server.members.join

@@ -76,6 +76,12 @@ def build(server: Server, builder: Builder) -> None:
                     server.members.refuse(tenant, DeviceError(text, jobs=(name,)))
 
 
+def place(server: Server, builder: Builder) -> None:
+    """Place newcomers beside the builder until it is closed: a thread of its own."""
+    with jax.enable_x64(server.is_wide):
+        builder.newcomers.run()
+
+
 def end(
     server: Server,
     builder: Builder,
@@ -87,14 +93,15 @@ def end(
     Args:
         server: takes no requests any more.
         builder: is still running, as is the server.
-        threads: the builder's, the server's, and those of callbacks.
+        threads: the builder's, newcomers', the server's, and those of callbacks.
         timeout_s: real seconds until what is left is given up; None for never.
     """
     until_s = None if timeout_s is None else time.monotonic() + timeout_s
     closed = ClosedError(DROPPED)
-    build_thread, serve_thread, *callback_threads = threads
+    build_thread, place_thread, serve_thread, *callback_threads = threads
     builder.close()
     _join(build_thread, until_s)
+    _join(place_thread, until_s)
     unplaced = [n for n, t in list(server.tenants.items()) if not t.is_placed]
     server.fail_all(closed, unplaced)
     server.stop()

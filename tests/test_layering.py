@@ -17,7 +17,7 @@ ORDER = (
     "_metrics metrics _queues _buckets _shares _admission _company _scheduler "
     "_arrivals _simulate _stragglers _device _lane _staging _memory _answers _flight "
     "_books _health _canary _faults _residency _members _server _regroup _siblings "
-    "_builder _swap _supervise _engine __init__ testing"
+    "_newcomers _builder _swap _supervise _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
 FOLDERS = {

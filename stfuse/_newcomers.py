@@ -1,0 +1,111 @@
+"""Jobs that come, and are asked, while the builder is at something that takes long.
+
+They get what takes a moment: a free slot, or a lane like the shared one. Whoever finds
+neither waits for the builder, which settles all of them in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from absl import logging
+
+from stfuse._flight import Tenant
+from stfuse._members import SHARED
+from stfuse._server import Server
+from stfuse._siblings import Siblings
+
+_LOOK_S = 0.05  # between two looks at whether any of those that wait was asked
+
+
+class Newcomers:
+    """The work of a thread beside the builder's.
+
+    Args:
+        server: whose tenants.
+        siblings: the lanes like the shared one.
+        request: has a lane brought up to date by the builder.
+        is_evicted: whether a job's program has a lane of its own.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        siblings: Siblings,
+        request: Callable[[str], None],
+        is_evicted: Callable[[Tenant], bool],
+    ) -> None:
+        """Start with nobody."""
+        self._server = server
+        self._siblings = siblings
+        self._request = request
+        self._is_evicted = is_evicted
+        self._at: Tenant | None = None
+        self._builders: set[Tenant] | None = None  # None while the builder is idle
+        self._tried: set[Tenant] = set()  # since it began what it is at
+        self._is_closed = False
+
+    def begin(self, tenants: Iterable[Tenant]) -> None:
+        """Take note of what the builder begins, and for whom; the lock is held."""
+        self._builders, self._tried = {*tenants}, set()
+        self._server.lock.notify_all()
+
+    def end(self) -> None:
+        """Take note that the builder is idle."""
+        with self._server.lock:
+            self._builders, self._tried = None, set()
+
+    def is_at(self, tenant: Tenant) -> bool:
+        """Return whether a job is being placed here; the lock is held."""
+        return tenant is self._at
+
+    def close(self) -> None:
+        """Let `run` return."""
+        with self._server.lock:
+            self._is_closed = True
+            self._server.lock.notify_all()
+
+    def run(self) -> None:
+        """Place jobs until closed: the thread of newcomers."""
+        while self._place_next():
+            self._request(SHARED)  # the builder may have passed it over
+
+    def _place_next(self) -> bool:
+        """Wait for a job and try to place it; return whether there was one."""
+        tenant = self._next()
+        if tenant is None:
+            return False
+        try:
+            self._place(tenant)
+        except Exception as error:  # a device may raise anything
+            logging.info("stfuse: job '%s' waits: %s", tenant.job.name, error)
+        with self._server.lock:
+            self._at = None
+        return True
+
+    def _next(self) -> Tenant | None:
+        """Wait for a job that is to be placed; None for the end."""
+        with self._server.lock:
+            while not self._is_closed:
+                waiting = self._waiting()
+                self._at = next((t for t in waiting if t.outstanding), None)
+                if self._at is not None:
+                    self._tried.add(self._at)
+                    return self._at
+                self._server.lock.wait(_LOOK_S if waiting else None)
+        return None
+
+    def _waiting(self) -> list[Tenant]:
+        """Return who has no lane, and is none of those that the builder is at."""
+        if self._builders is None:
+            return []
+        left_alone = self._builders | self._tried
+        tenants = [t for t in self._server.tenants.values() if not t.is_placed]
+        return [t for t in tenants if t.wanted == SHARED and t not in left_alone]
+
+    def _place(self, tenant: Tenant) -> None:
+        """Give a job a slot of a lane that is there, or of one like the shared one."""
+        with self._siblings.placing:
+            shared = self._server.lanes.get(SHARED)
+            if shared is not None and not self._is_evicted(tenant):
+                self._siblings.place(shared, tenant)
