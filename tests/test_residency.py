@@ -219,8 +219,7 @@ def test_weights_travel_while_another_request_waits_for_company():
         here, *_ = residents(engine)
         away = next(f"t{i}" for i in range(6) if f"t{i}" not in residents(engine))
         waiting = engine.submit(here, ROW)
-        with engine._server.lock:  # decided: to wait
-            pass
+        wait_for(lambda: engine._server._is_idle)  # decided: to wait
         engine.submit(away, ROW)
         wait_for(lambda: not engine._server.tenants[away].is_on_host)
         assert not waiting.done()
