@@ -39,7 +39,7 @@ from stfuse._turns import QUICK_S, TURNS, giving_way
 from stfuse._types import Bucket, Policy
 
 _NUM_TIMINGS = 3
-_REST_STEPS = 20  # between them, in their own time: others wait for each
+_REST_STEPS, _MOST_REST_S = 20, 0.25  # between them: others wait for each
 
 
 class Builder:
@@ -70,9 +70,9 @@ class Builder:
         self._memory = Memory(server.device, max_device_bytes, server.lanes.values)
         self._regroup = Regroup(server)
         of = self._memory, max_slots, self.request, self._regroup.new_lane
-        self._siblings = Siblings(server, *of)
-        of = self._siblings, self.request, self._regroup.is_evicted
-        self.newcomers = Newcomers(server, *of)
+        self._siblings = own = Siblings(server, *of)
+        is_evicted = self._regroup.is_evicted
+        self.newcomers = Newcomers(server, own, self.request, is_evicted)
         self._pending: list[str] = []
         self._one_at_a_time: set[str] = set()
         self._stale: set[str] = set()  # lanes with species that nobody is in
@@ -118,14 +118,16 @@ class Builder:
                 with TURNS.at_most(QUICK_S):  # tracing is Python, and others are served
                     self._update(lane)
                 continue
-            moves = regroup.moves()
+            with self._siblings.placing:  # no newcomer gets into what is to be moved
+                moves = regroup.moves()
             if regroup.to_measure is not None:
                 (lane, bucket), regroup.to_measure = regroup.to_measure, None
                 with server.lock:
                     self.newcomers.begin([])
                 with TURNS.at_most(QUICK_S):
                     self._add_bucket(lane, bucket)
-                moves = regroup.moves()
+                with self._siblings.placing:
+                    moves = regroup.moves()
             self._stale.update(moves[1:])  # what the first one is moved out of
             for name in moves:
                 self.request(name)
@@ -133,9 +135,8 @@ class Builder:
     def _update(self, name: str) -> None:
         """Bring one lane up to date with its tenants."""
         self._server.faults.canary.prepare()  # does nothing if it is
-        with self._server.lock:
+        with self._siblings.placing, self._server.lock:
             tenants = [t for t in self._server.tenants.values() if t.wanted == name]
-            tenants = [t for t in tenants if not self.newcomers.is_at(t)]
             new = [t for t in tenants if t.lane != name or not t.is_placed]
             self.newcomers.begin(new)
         if name == SHARED and (lanes := self._regroup.settle(new)):
@@ -248,11 +249,12 @@ class Builder:
                 key=lambda t: (not t.job.pinned, not t.outstanding, -t.last_request),
             )
         device, cost = self._server.device, _cost.resolve("auto")
-        members, admit = [t.member for t in tenants], self._memory.check
+        members, admit = [t.member for t in tenants], self._memory.promise
         with self._politely():
             lane = _lane.build(
                 name, members, device, cost=cost, max_capacity=capacity, admit=admit
             )
+        self._memory.expect(lane)
         found = self._buckets(lane)
         try:
             for bucket in covering(found, each=is_small):
@@ -278,7 +280,8 @@ class Builder:
         if running is None or is_urgent or 2 * num_new > len(tenants):
             return
         for bucket in self._buckets(lane):
-            if self._is_closed or self._is_waited_for(lane.name):
+            is_again = self.is_pending(lane.name) and self.newcomers.wait_for(lane.name)
+            if self._is_closed or is_again:
                 return
             is_used = bucket in running.steps or bucket.is_open
             if is_used and bucket not in lane.steps:
@@ -288,11 +291,6 @@ class Builder:
                 except Exception as error:  # `_complete` tries it again, and says so
                     lane.steps.pop(bucket, None)
                     logging.info("stfuse: '%s' lacks %s: %s", lane.name, bucket, error)
-
-    def _is_waited_for(self, name: str) -> bool:
-        """Return whether somebody waits until a lane is brought up to date."""
-        there = [t for t in [*self._server.tenants.values()] if t.wanted == name]
-        return self.is_pending(name) and any(t.swaps or not t.is_placed for t in there)
 
     def _is_refused(self, lane: Lane, tenants: Sequence[Tenant]) -> bool:
         """Measure a lane that takes evicted jobs back; return whether it does not."""
@@ -352,10 +350,10 @@ class Builder:
             logging.log(level, what, lane.name, bucket, error)
 
     def _measure(self, lane: Lane, bucket: Bucket) -> None:
-        measure = partial(self._server.measure, lane, bucket)
         for _ in range(_NUM_TIMINGS):
+            measure = partial(self._server.measure, lane, bucket)
             step_s = self._server.command(measure).result()
-            self._siblings.rest(_REST_STEPS * step_s)
+            self._siblings.rest(min(_REST_STEPS * step_s, _MOST_REST_S))
 
     def _buckets(self, lane: Lane) -> list[Bucket]:
         return buckets(lane.capacities, self._max_slots, self._rows)

@@ -150,9 +150,10 @@ def build(
 def sibling(lane: Lane, name: str) -> Lane:
     """Return a lane like another one, with its steps, and nobody in it.
 
-    Leaves that all of its jobs share are the same arrays.
+    Leaves that all of its jobs share are the same arrays. A step that was not measured
+    yet, which another thread may be about to, is left out.
     """
-    bank = _bank.emptied(lane.layout, lane.bank)
+    bank, step_s = _bank.emptied(lane.layout, lane.bank), dict(lane.step_s)
     return replace(
         lane,
         name=name,
@@ -160,8 +161,8 @@ def sibling(lane: Lane, name: str) -> Lane:
         places={},
         generations={},
         known={},
-        steps=dict(lane.steps),
-        step_s=dict(lane.step_s),
+        steps={b: step for b, step in dict(lane.steps).items() if b in step_s},
+        step_s=step_s,
         step_bytes=dict(lane.step_bytes),
         buffers={},
     )

@@ -4,7 +4,8 @@ Rules:
     Held for ever: the weights of every lane. Held while it runs, by each of two steps
     in flight: what `memory_analysis` says of the largest compiled step, its arguments
     without the bank, its outputs and temporaries.
-    While a lane is built anew its old weights stay, so both count.
+    While a lane is built anew its old weights stay, so both count, and what it is to
+    hold is nobody else's from the moment that it was found to fit.
     An open step may copy the weights that it reads by index. It is a choice more for
     the scheduler, so it must not take the place of a tenant: where there is a limit,
     it is left out if it needs much more than the lane's other steps.
@@ -56,6 +57,7 @@ class Memory:
         self.limit_bytes = min((n for n in limits if n is not None), default=None)
         self._device = device
         self._lanes = lanes
+        self._promised_bytes, self._coming = 0, ()
 
     def check(
         self,
@@ -76,14 +78,15 @@ class Memory:
         """
         if self.limit_bytes is None:
             return
-        lanes = [*self._lanes(), *([beside] if beside else [])]
+        lanes = [*self._lanes(), *self._coming, *([beside] if beside else [])]
         lanes = list({id(lane): lane for lane in lanes}.values())
         stacks = {id(x): x for lane in lanes for x in lane.bank.stacks}
         held = sum(x.nbytes for x in stacks.values())  # siblings share some
         # What others in this process hold counts too, where the device tells.
         used = max(held, getattr(self._device, "memory_used_bytes", None) or 0)
-        known = [n for lane in lanes for n in lane.step_bytes.values()]
+        known = [n for lane in lanes for n in [*lane.step_bytes.values()]]
         working = _IN_FLIGHT * max([*known, *steps], default=0)
+        used += self._promised_bytes
         needed = used + weights_bytes + working
         if needed > self.limit_bytes:
             raise DoesNotFit(
@@ -94,6 +97,20 @@ class Memory:
                 f"{needed - self.limit_bytes:,} are missing. Remove jobs, unpin some, "
                 f"lower max_batch_size or max_slots, or raise the limit."
             )
+
+    def promise(self, weights_bytes: int) -> None:
+        """Keep room for the weights of a lane that is to be built, if there is some.
+
+        Raises:
+            DoesNotFit: with the arithmetic.
+        """
+        self.expect(None)  # what was built before did not get to serve
+        self.check(weights_bytes)
+        self._promised_bytes = weights_bytes
+
+    def expect(self, lane: Lane | None) -> None:
+        """Count a lane that is built but does not serve yet; None if there is none."""
+        self._promised_bytes, self._coming = 0, () if lane is None else (lane,)
 
     def fits(self, weights_bytes: int) -> bool:
         """Return whether more weights fit."""

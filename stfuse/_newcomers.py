@@ -40,7 +40,6 @@ class Newcomers:
         self._siblings = siblings
         self._request = request
         self._is_evicted = is_evicted
-        self._at: Tenant | None = None
         self._builders: set[Tenant] | None = None  # None while the builder is idle
         self._tried: set[Tenant] = set()  # since it began what it is at
         self._is_closed = False
@@ -55,9 +54,10 @@ class Newcomers:
         with self._server.lock:
             self._builders, self._tried = None, set()
 
-    def is_at(self, tenant: Tenant) -> bool:
-        """Return whether a job is being placed here; the lock is held."""
-        return tenant is self._at
+    def wait_for(self, lane: str) -> bool:
+        """Return whether somebody waits until a lane is brought up to date."""
+        there = [t for t in [*self._server.tenants.values()] if t.wanted == lane]
+        return any(t.swaps or not t.is_placed for t in there)
 
     def close(self) -> None:
         """Let `run` return."""
@@ -68,7 +68,7 @@ class Newcomers:
     def run(self) -> None:
         """Place jobs until closed: the thread of newcomers."""
         while self._place_next():
-            self._request(SHARED)  # the builder may have passed it over
+            self._request(SHARED)  # it settles all of them
 
     def _place_next(self) -> bool:
         """Wait for a job and try to place it; return whether there was one."""
@@ -79,8 +79,6 @@ class Newcomers:
             self._place(tenant)
         except Exception as error:  # a device may raise anything
             logging.info("stfuse: job '%s' waits: %s", tenant.job.name, error)
-        with self._server.lock:
-            self._at = None
         return True
 
     def _next(self) -> Tenant | None:
@@ -88,10 +86,10 @@ class Newcomers:
         with self._server.lock:
             while not self._is_closed:
                 waiting = self._waiting()
-                self._at = next((t for t in waiting if t.outstanding), None)
-                if self._at is not None:
-                    self._tried.add(self._at)
-                    return self._at
+                found = next((t for t in waiting if t.outstanding), None)
+                if found is not None:
+                    self._tried.add(found)
+                    return found
                 self._server.lock.wait(_LOOK_S if waiting else None)
         return None
 
@@ -106,6 +104,9 @@ class Newcomers:
     def _place(self, tenant: Tenant) -> None:
         """Give a job a slot of a lane that is there, or of one like the shared one."""
         with self._siblings.placing:
+            with self._server.lock:
+                if tenant.is_placed or tenant in (self._builders or ()):
+                    return  # the builder came first
             shared = self._server.lanes.get(SHARED)
             if shared is not None and not self._is_evicted(tenant):
                 self._siblings.place(shared, tenant)

@@ -98,6 +98,7 @@ class Siblings:
             yield [*tenants, *(t for t in there if t not in tenants)]
         finally:
             self._replaced = None
+            self._memory.expect(None)
 
     def prepare(self, lane: Lane) -> None:
         """Compile what a lane like this one needs, if there may be one."""
@@ -157,9 +158,9 @@ class Siblings:
             tenants: whose jobs have no free slot there.
         """
         with self.placing:
-            found = [self._take(lane, tenant) for tenant in tenants]
-        for name in dict.fromkeys(name for name in found if name is not None):
-            self._request(name)
+            for tenant in tenants:
+                if (name := self._take(lane, tenant)) is not None:
+                    self._request(name)
 
     def hold(self, lane: Lane, tenants: Sequence[Tenant]) -> list[Tenant]:
         """Serve jobs in lanes like one that is soon built anew for them.
@@ -201,12 +202,14 @@ class Siblings:
         if not any(self._join(other, tenant) for other in others):
             self._open_held(lane, tenant)
         with self._server.lock:
-            if tenant.is_placed:
+            if tenant.is_placed and tenant.lane != SHARED:
                 tenant.home = SHARED
 
     def _open_held(self, lane: Lane, tenant: Tenant) -> None:
         """Serve a job in a new lane, if one that grows has memory beside that."""
-        grown = bank_bytes(lane, doubled=range(len(lane.capacities)))
+        grown = 0  # what is being built is counted
+        if lane.name != self._replaced:
+            grown = bank_bytes(lane, doubled=range(len(lane.capacities)))
         fits = self._memory.fits(2 * own_bytes(lane) + grown)  # and small lanes' own
         if fits and _has_programs(lane, tenant):
             name = self._new_lane(tenant.job.name)

@@ -28,6 +28,7 @@ _RUN_S = 2e-4  # of a thread that gives way, between two rests
 _REST, _LONG_REST = 12.0, 50.0  # times as long as it ran
 _EVENTS = 128  # calls and returns of functions, between two looks at the clock
 _STARTS = 16  # the same of Python's own functions, of which there are fewer
+_AGAIN_S = 0.03  # until starts that were switched off are heard of again
 _TOOLS = (3, 4)  # of `sys.monitoring`: those that are nobody's by name
 _MOST_REST_S = 0.05  # whatever it did: a compiler runs for long and holds up nobody
 
@@ -152,7 +153,7 @@ class _Starts:
 
     From Python 3.12 on a profile function of one thread makes all threads half as fast.
     A start in another thread is heard of here, too, but once: that function's are then
-    switched off for good, and cost nothing.
+    switched off for a while, for all threads, and cost nothing.
 
     Attributes:
         looks: what is called, by thread.
@@ -164,16 +165,17 @@ class _Starts:
         self._lock = threading.Lock()
         self.looks: dict[int, Callable[..., None]] = {}
         self.tool: int | None = None
+        self._again_s = 0.0
 
     @contextlib.contextmanager
     def watched(self, look: Callable[..., None]) -> Iterator[None]:
         """Call back in this thread while within, if Python has a tool left for it."""
         thread = threading.get_ident()
-        with self._lock:
-            before = self.looks.get(thread)
-            self.looks[thread] = look
-            self._listen()
+        before = self.looks.get(thread)
         try:
+            with self._lock:
+                self.looks[thread] = look
+                self._listen()
             yield
         finally:
             with self._lock:
@@ -194,19 +196,22 @@ class _Starts:
                 tools.set_events(self.tool, start)
         if self.tool is None:
             return
-        if self.looks:
-            tools.restart_events()
-        else:
+        tools.restart_events()  # also for whoever has this number next
+        if not self.looks:
             tools.set_events(self.tool, 0)
             tools.register_callback(self.tool, start, None)
             tools.free_tool_id(self.tool)
             self.tool = None
 
-    def _started(self, *_: Any) -> Any:
+    def _started(self, *start: Any) -> Any:
         look = self.looks.get(threading.get_ident())
         if look is None:
             return sys.monitoring.DISABLE  # type: ignore[attr-defined]
-        return look()
+        look(*start)
+        if (now_s := time.monotonic()) >= self._again_s:
+            self._again_s = now_s + _AGAIN_S
+            sys.monitoring.restart_events()  # type: ignore[attr-defined]
+        return None
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 import contextlib
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import stfuse
 from stfuse import _lane
-from stfuse.testing import FakeDevice, affine_job
+from stfuse.testing import FakeDevice, ManualClock, affine_job
 from tests.serving import assert_idle, serve, wait_for
 from tests.test_siblings import ROW, assert_all_answer, expected, job, lane_of
 
@@ -234,3 +235,128 @@ def test_a_newcomer_that_leaves_meanwhile_has_no_slot(monkeypatch):
         again.result(60)
         assert_all_answer(engine, range(6))
         assert_idle(engine)
+
+
+@contextlib.contextmanager
+def measuring(engine, monkeypatch):
+    """Stand still with a bucket of the shared lane compiled and not measured."""
+    builder, begun, go_on = engine._builder, threading.Event(), threading.Event()
+    lane, measure = engine._server.lanes["all"], builder._measure
+    bucket = [*lane.steps][-1]
+    del lane.steps[bucket], lane.step_s[bucket]  # as if it was not there yet
+
+    def slow(*of):
+        begun.set()
+        assert go_on.wait(60)
+        measure(*of)
+
+    monkeypatch.setattr(builder, "_measure", slow)
+    builder.request("all")
+    assert begun.wait(60)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def test_a_lane_like_one_has_only_steps_that_were_measured(monkeypatch):
+    device = FakeDevice()
+    with serving(2, device, max_batch_size=2, max_slots=2) as engine:
+        lanes = engine._server.lanes
+        with measuring(engine, monkeypatch):
+            ready = [engine.add(job(2))]
+            np.testing.assert_array_equal(engine.infer("t2", ROW), expected(2))
+            assert lane_of(engine, 2) == "all##1"
+            assert lanes["all##1"].steps.keys() == lanes["all##1"].step_s.keys()
+            assert len(lanes["all##1"].steps) == len(lanes["all"].steps) - 1
+            engine.remove("t1")
+        ready += [engine.add(job(i)) for i in (3, 4)]
+        for each in ready:
+            each.result(60)
+        engine.swap("t2", job(9).params)
+        np.testing.assert_array_equal(engine.infer("t2", ROW), expected(9))
+        places = [name for lane in lanes.values() for name in lane.places]
+        assert sorted(places) == ["t0", "t2", "t3", "t4"]
+        assert lanes["all##1"].steps.keys() == lanes["all"].steps.keys()
+        assert_idle(engine)
+
+
+def test_an_engine_that_drains_answers_whom_newcomers_were_at(monkeypatch):
+    device, staged = Slow(), _lane.staged
+    engine = serving(4, device)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail(lane, member):
+        if threading.current_thread().name == "stfuse-place":
+            begun.set()
+            assert go_on.wait(60)
+            raise RuntimeError("no memory for a moment")
+        return staged(lane, member)
+
+    monkeypatch.setattr(_lane, "staged", fail)
+    with device.held_up():
+        engine.add(job(4))
+        assert device.is_asked.wait(60)
+        engine.add(job(5))
+        waiting = engine.submit("t5", ROW)
+        assert begun.wait(60)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    with pytest.raises(TimeoutError):
+        waiting.result(0.3)
+    go_on.set()
+    closing.join(60)
+    np.testing.assert_array_equal(waiting.result(1), expected(5))
+
+
+def test_who_is_in_a_sibling_is_ready_whoever_was_at_it_last(monkeypatch):
+    device, go_on = Slow(), threading.Event()
+    with serving(2, device, max_slots=2) as engine:
+        newcomers = engine._builder.newcomers
+        place = newcomers._place
+
+        def slow(tenant):
+            place(tenant)
+            assert go_on.wait(60)
+
+        monkeypatch.setattr(newcomers, "_place", slow)
+        with device.held_up():
+            engine.add(other(0))
+            assert device.is_asked.wait(60)
+            ready = engine.add(job(2))
+            np.testing.assert_array_equal(engine.infer("t2", ROW), expected(2))
+        wait_for(lambda: not engine._builder._pending and newcomers._builders is None)
+        go_on.set()
+        ready.result(60)
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_memory_of_a_lane_that_is_being_built_is_nobody_elses(is_asked):
+    def wide(i):
+        return affine_job(f"t{i}", scale=i + 1.0, shift=0.0, width=64)
+
+    def another(p, x):
+        return jnp.tanh(jnp.dot(x, p["a"])) + p["b"]
+
+    params = {"a": np.eye(64, dtype="f"), "b": np.zeros(64, "f")}
+    row = np.ones((1, 64), np.float32)
+    device, options = Slow(), {"max_batch_size": 1, "max_slots": 2}
+    options |= {"max_device_bytes": 140_000, "clock": ManualClock()}
+    with serve(wide(0), wide(1), device=device, **options) as engine:
+        with device.held_up(after=1):  # the other program has a small lane
+            ready = [engine.add(stfuse.Job("z", another, params, row))]
+            assert device.is_asked.wait(60)
+            ready.append(engine.add(wide(2)))
+            waiting = [engine.submit("t2", row)] if is_asked else []
+            assert_nothing_is_answered(waiting)
+        for each in (*ready, *waiting):
+            each.result(60)
+        assert engine._server.lanes["all"].capacities[0] == 2
+        assert engine.stats().tenants["z"].lane == "all"
+        assert not any(t.is_on_host for t in engine._server.tenants.values())
+
+
+def assert_nothing_is_answered(futures):
+    for future in futures:
+        with pytest.raises(TimeoutError):
+            future.result(0.5)

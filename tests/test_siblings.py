@@ -359,3 +359,21 @@ def test_an_empty_lane_that_cannot_be_prepared_costs_nobody_its_place(monkeypatc
     with full(FakeDevice()) as engine:
         engine.add(job(2)).result(60)
         assert_all_answer(engine, range(3))
+
+
+def test_a_sibling_is_ready_though_the_next_one_cannot_be(monkeypatch):
+    staged = _lane.staged
+
+    def fail(lane, member):
+        if member.job.name == "t2":
+            raise RuntimeError("no memory")
+        return staged(lane, member)
+
+    monkeypatch.setattr(_lane, "staged", fail)
+    with full(FakeDevice(), num=1) as engine:
+        with engine._server.lock:  # so that the builder sees both at once
+            ready = [engine.add(job(i)) for i in (1, 2)]
+        with pytest.raises(stfuse.DeviceError):
+            ready[1].result(60)
+        ready[0].result(60)
+        assert_all_answer(engine, range(2))

@@ -1,5 +1,6 @@
 """How long threads' turns are while an engine serves or builds, and after."""
 
+import math
 import sys
 import threading
 import time
@@ -203,6 +204,7 @@ def rests_s(monkeypatch):
     """Give the rests that are taken, which take no time."""
     found = []
     fake = types.SimpleNamespace(sleep=found.append, thread_time=time.thread_time)
+    fake.monotonic = time.monotonic
     monkeypatch.setattr(_turns, "time", fake)
     return found
 
@@ -244,6 +246,7 @@ def test_other_threads_are_heard_of_once_a_function():
             return super()._started(code, *more)
 
     listener, looks = Listener(), []
+    listener._again_s = math.inf
     tools = [sys.monitoring.get_tool(i) for i in range(6)]
 
     def call():
@@ -272,6 +275,26 @@ def test_other_threads_are_heard_of_once_a_function():
     finally:
         for tool in _turns._TOOLS:
             sys.monitoring.free_tool_id(tool)
+
+
+@pytest.mark.skipif(not _turns._HAS_EVENTS, reason="a profile function is a thread's")
+def test_what_another_thread_switched_off_is_heard_of_again():
+    listener, looks = _turns._Starts(), []
+
+    def shared():
+        pass
+
+    def call(num):
+        for _ in range(num):
+            shared()
+
+    with listener.watched(lambda code, _: looks.append(code)):
+        thread = threading.Thread(target=call, args=(1,))
+        thread.start(), thread.join()
+        looks.clear()
+        time.sleep(2 * _turns._AGAIN_S)
+        one(), call(10)  # the first is heard of, whatever others ran
+    assert looks.count(shared.__code__) == 10
 
 
 @pytest.mark.skipif(not _turns._HAS_EVENTS, reason="a profile function is a thread's")
