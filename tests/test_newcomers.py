@@ -76,6 +76,7 @@ def test_who_comes_while_a_lane_grows_is_served_where_the_first_one_is():
 def test_a_free_slot_is_taken_while_a_bucket_is_compiled():
     device, jobs = Slow(), [*map(job, range(3))]
     with stfuse.Engine(device=device, max_batch_size=4) as engine:
+        wait_for(lambda: engine._server.faults.canary._lane)  # compiled, too
         with device.held_up(after=1):
             with engine._server.lock:  # so that the builder sees all at once
                 ready = [engine.add(each) for each in jobs]
