@@ -280,8 +280,8 @@ class Builder:
         if running is None or is_urgent or 2 * num_new > len(tenants):
             return
         for bucket in self._buckets(lane):
-            is_again = self.is_pending(lane.name) and self.newcomers.wait_for(lane.name)
-            if self._is_closed or is_again:
+            is_waited_for = self.newcomers.is_waited_for(lane.name)
+            if self._is_closed or (self.is_pending(lane.name) and is_waited_for):
                 return
             is_used = bucket in running.steps or bucket.is_open
             if is_used and bucket not in lane.steps:

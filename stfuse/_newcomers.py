@@ -54,7 +54,7 @@ class Newcomers:
         with self._server.lock:
             self._builders, self._tried = None, set()
 
-    def wait_for(self, lane: str) -> bool:
+    def is_waited_for(self, lane: str) -> bool:
         """Return whether somebody waits until a lane is brought up to date."""
         there = [t for t in [*self._server.tenants.values()] if t.wanted == lane]
         return any(t.swaps or not t.is_placed for t in there)

@@ -258,8 +258,8 @@ def test_other_threads_are_heard_of_once_a_function():
         thread.start(), thread.join()
         before = len(looks)
         call()
-    mine = [code for who, code in heard if who != threading.get_ident()]
-    assert mine.count(one.__code__) == 1 and mine.count(call.__code__) == 1
+    others = [code for who, code in heard if who != threading.get_ident()]
+    assert others.count(one.__code__) == 1 and others.count(call.__code__) == 1
     assert {*looks} == {threading.get_ident()} and len(looks) > before
     assert [sys.monitoring.get_tool(i) for i in range(6)] == tools
     num = len(heard)
