@@ -35,6 +35,7 @@ class LaneBuckets:
         rows: most rows of a slot.
         is_dense: whether a tenant has one slot at most in the largest step.
         open_slots: most slots of a step in which it may have several; 0 for none.
+        sizes: slots of each bucket, in the order of ``ready``.
     """
 
     capacities: tuple[int, ...]
@@ -44,6 +45,7 @@ class LaneBuckets:
     rows: int = 0
     is_dense: bool = True
     open_slots: int = 0
+    sizes: dict[Bucket, int] = field(default_factory=dict)
     _least_s: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def predict(self, bucket: Bucket, times: Times) -> bool:
@@ -58,11 +60,12 @@ class LaneBuckets:
     def _sort(self) -> None:
         self.ready = dict(sorted(self.ready.items(), key=lambda item: item[0].rows))
         self.rows = next(reversed(self.ready)).rows
-        largest = max(self.ready, key=lambda each: (sum(each.slots), each.is_open))
-        self.slots = sum(largest.slots)
+        self.sizes = {bucket: sum(bucket.slots) for bucket in self.ready}
+        largest = max(self.ready, key=lambda each: (self.sizes[each], each.is_open))
+        self.slots = self.sizes[largest]
         self.is_dense = self._is_dense(largest)
         self.open_slots = max(
-            [sum(each.slots) for each in self.ready if not self._is_dense(each)],
+            [self.sizes[each] for each in self.ready if not self._is_dense(each)],
             default=0,
         )
 
@@ -75,6 +78,15 @@ class LaneBuckets:
                 each gets one before any gets another.
         """
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
+
+    def room(self, num_taken: int) -> tuple[int, int]:
+        """Return how many slots are left of a step: for others, for those in it.
+
+        Args:
+            num_taken: slots that are not left.
+        """
+        most = self.open_slots if len(self.capacities) == 1 else 0
+        return self.slots - num_taken, max(most - num_taken, 0)
 
     def slot_s(self, species: int, rows: int) -> float:
         """Return what a slot of a species and some rows takes at least, seconds.
@@ -91,7 +103,7 @@ class LaneBuckets:
         found = self._least_s.get((species, rows))
         if found is None:
             pairs = [
-                (times.step_s / sum(bucket.slots), times.step_s)
+                (times.step_s / self.sizes[bucket], times.step_s)
                 for bucket, times in self.ready.items()
                 if bucket.slots[species] and bucket.rows >= rows
             ]
@@ -114,23 +126,26 @@ def fill(
     """
     left = list(bucket.slots)
     picked: list[Chunk] = []
-    held: set[tuple[str, int]] = set()
-
-    def pick(chunk: Chunk) -> None:
-        s, who = chunk.species, (chunk.tenant, chunk.species)
-        is_dense = bucket.slots[s] == lane.capacities[s] and not bucket.is_open
-        if left[s] and not (is_dense and who in held):
-            picked.append(chunk)
-            held.add(who)
-            left[s] -= 1
-
     for own in chunks:
         if own:
-            pick(own[0])
-    if any(left):
-        for own in chunks:
-            for chunk in own[1:]:
-                pick(chunk)
+            species = own[0].species
+            if left[species]:
+                left[species] -= 1
+                picked.append(own[0])
+    num_left = sum(left)
+    held = {(chunk.tenant, chunk.species) for chunk in picked}
+    pairs = zip(bucket.slots, lane.capacities, strict=True)
+    is_dense = [num == most and not bucket.is_open for num, most in pairs]
+    for own in chunks:
+        if not num_left:
+            break
+        for chunk in own[1:]:
+            species, who = chunk.species, (chunk.tenant, chunk.species)
+            if left[species] and not (is_dense[species] and who in held):
+                left[species] -= 1
+                num_left -= 1
+                picked.append(chunk)
+                held.add(who)
     return picked
 
 
@@ -165,20 +180,23 @@ def best(
     max_rows = most = 0  # of a slot, and of all that there is to serve
     found = []  # what each bucket could do at best
     for bucket, times in lane.ready.items():
-        if bucket.rows < least or not bucket.slots[own_species]:
+        slots, own_rows, is_open = bucket
+        if own_rows < least or not slots[own_species]:
             continue
-        if bucket.rows != max_rows:
-            max_rows = bucket.rows
+        if own_rows != max_rows:
+            max_rows = own_rows
             if not is_whole:
                 of_mates = zip(mates, limits, strict=True)
                 cut = [_chunks(t, max_rows, limit, is_one) for t, limit in of_mates]
                 is_whole = all(map(_is_whole, cut, mates))
-                most = sum([_rows(own, claims) for own in cut])
                 has_several = max(map(len, cut)) > 1
-        if bucket.is_open and not has_several:
+                own_most = [claims[t.name] for t in mates] if claims else limits
+                pairs = zip(cut, own_most, strict=True)
+                most = sum([chunk.rows for own, num in pairs for chunk in own[:num]])
+        if is_open and not has_several:
             continue
         is_in_time = any_time or now_s + times.p99_s <= head_s
-        rows = min(most, sum(bucket.slots) * max_rows)
+        rows = min(most, lane.sizes[bucket] * max_rows)
         found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
     if found and longest_s < math.inf:
         shortest_s = min(step_s for _, _, _, step_s, _ in found)
@@ -200,7 +218,9 @@ def best(
 def _limits(
     lane: LaneBuckets, mates: Sequence[Tenant], claims: Mapping[str, int] | None
 ) -> list[int]:
-    """Return the most slots that each tenant can get."""
+    """Return the most slots that each tenant can get, if it waits for several."""
+    if max([len(tenant.queue) for tenant in mates]) == 1:
+        return [1] * len(mates)
     alike = Counter([t.species for t in mates])  # who compete for the same slots
     slots = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
     if claims is None:
@@ -210,11 +230,12 @@ def _limits(
 
 def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:
     """Cut the front of a queue into slots; stop at a request that fits none."""
-    _, request, rows, _, length, _ = tenant.queue[0]
-    is_full = rows == max_rows and limit == 1
-    if rows <= max_rows and (is_one or is_full or len(tenant.queue) == 1):
-        species = tenant.species[length]
-        return [Chunk(tenant.name, (request,), rows, length, species)]
+    first = tenant.queue[: 1 if is_one else limit]
+    is_alone = is_one or len(tenant.queue) == 1
+    if first[0].rows == max_rows or (is_alone and first[0].rows < max_rows):
+        if is_alone or all([entry.rows == max_rows for entry in first]):
+            name, of = tenant.name, tenant.species
+            return [Chunk(name, (r,), n, at, of[at]) for _, r, n, _, at, _ in first]
     found: list[tuple[list[int], int, int]] = []  # requests, rows, length
     place: dict[int, int] = {}  # where each length's last chunk stands
     for entry in tenant.queue:

@@ -29,7 +29,8 @@ class Company:
         """Wait for nobody."""
         self._lane: str | None = None
         self._served: frozenset[str] = frozenset()
-        self._enough, self._until_s = 0, math.inf
+        self._enough = self._full = 0
+        self._until_s = math.inf
 
     def wait(
         self,
@@ -69,18 +70,25 @@ class Company:
         return min(*ends_s, min(arrived_s) + self.delay_s)
 
     def expect(
-        self, lane: str | None, served: frozenset[str], enough: int, until_s: float
+        self,
+        lane: str | None,
+        served: frozenset[str],
+        num_queued: int,
+        room: tuple[int, int],
+        until_s: float,
     ) -> None:
         """Take note of what ends a wait before its time.
 
         Args:
             lane: whose step waits; others' requests are not in it.
-            served: who is; what else they ask for may find no place in it.
-            enough: requests that fill the step if so many wait.
+            served: who is in it.
+            num_queued: requests that wait now.
+            room: slots that are left: whoever asks for them, and if it is somebody
+                who is served already.
             until_s: a request with a deadline before that ends it too.
         """
-        self._lane, self._served = lane, served
-        self._enough, self._until_s = enough, until_s
+        self._lane, self._served, self._until_s = lane, served, until_s
+        self._enough, self._full = (num_queued + slots for slots in room)
 
     def is_there(
         self, tenant: Tenant, num_queued: int, deadline_s: float | None
@@ -93,5 +101,6 @@ class Company:
             deadline_s: the new one's.
         """
         is_urgent = deadline_s is not None and deadline_s < self._until_s
-        is_another = tenant.lane != self._lane or tenant.name in self._served
-        return is_urgent or is_another or num_queued >= self._enough
+        is_another = tenant.lane != self._lane
+        has_no_place = tenant.name in self._served and num_queued > self._full
+        return is_urgent or is_another or has_no_place or num_queued >= self._enough

@@ -91,6 +91,7 @@ class Scheduler:
         self._tenants: dict[str, Tenant] = {}
         self._lanes: dict[str, LaneBuckets] = {}
         self._is_contended = False
+        self._rest_s: tuple[float, float] | None = None  # decided to wait: from, until
 
     @property
     def num_queued(self) -> int:
@@ -129,6 +130,8 @@ class Scheduler:
             DeadlineError: a `Submit` whose deadline has passed, or is sure to pass.
             ClosedError: a `Submit` for a tenant that is unknown or leaving.
         """
+        if not isinstance(event, Submit | Ready):
+            self._rest_s = None
         match event:
             case Submit():
                 self.submit(event)
@@ -154,16 +157,30 @@ class Scheduler:
         known = self._tenants.get(event.tenant)
         tenant = self._admission.check(event, known, self._queues, self._shares)
         self._queues.add(tenant, event)
+        if self._rest_s and self._is_news(tenant, event.deadline_s):
+            self._rest_s = None
 
-    def is_news(self, tenant: str, deadline_s: float | None) -> bool:
+    @property
+    def is_resting(self) -> bool:
+        """Whether it was decided to wait, and nothing came since that may end that."""
+        return self._rest_s is not None
+
+    def _is_news(self, tenant: Tenant, deadline_s: float | None) -> bool:
         """Return whether a request that came may end what was decided last: to wait."""
-        if tenant in self._held:
+        if tenant.name in self._held:
             return deadline_s is not None
-        known = self._tenants[tenant]
-        return self._company.is_there(known, len(self._queues), deadline_s)
+        return self._company.is_there(tenant, len(self._queues), deadline_s)
 
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
+        if self._rest_s and self._rest_s[0] <= now_s < self._rest_s[1]:
+            return Decision(None, (), self._rest_s[1])
+        decision = self._decide(now_s)
+        until_s = decision.wait_until_s
+        self._rest_s = None if until_s is None else (now_s, until_s)
+        return decision
+
+    def _decide(self, now_s: float) -> Decision:
         expired = self._queues.expired(now_s)
         self._is_contended = self._is_contended and len(self._queues) > 0
         self._company.forget()
@@ -273,7 +290,11 @@ class Scheduler:
             p99_s = event.step_s if event.p99_s is None else event.p99_s
             times = Times(event.step_s, p99_s)
             if lane.predict(event.bucket, times):
+                self._rest_s = None
                 self._queues.unpark(event.lane)
+            elif self._rest_s:
+                if self._queues.next_deadline_s() < self._rest_s[1] + p99_s:
+                    self._rest_s = None  # a step that takes longer begins sooner
 
     def _install(self, event: Install) -> None:
         old = self._lanes.pop(event.lane, None)
@@ -283,9 +304,8 @@ class Scheduler:
                 tenant.lane = None
         self._queues.unpark(event.lane)
         if event.members:
-            lane = (
-                old if old and event.keeps_ready else LaneBuckets(event.capacities, ())
-            )
+            keeps = old if event.keeps_ready else None
+            lane = keeps or LaneBuckets(event.capacities, ())
             lane.members = tuple(event.members)
             self._lanes[event.lane] = lane
         for name, species in event.members.items():
@@ -318,15 +338,16 @@ class Scheduler:
         """
         rules = {"is_one": self._policy is Policy.TIME, "any_time": self._is_contended}
         of = partial(best, lane, now_s=now_s, **rules)
-        if self._shares is None:
-            return now_s, of(mates)
         claims = self._claims
+        if not self._shares or all([claims[t.name] >= len(t.queue) for t in mates]):
+            return now_s, of(mates)  # all that waits counts
         if len(mates) == 1 and not self._shares.are_others_about(mates, now_s):
             return now_s, of(mates)
         if not any(claims.values()):
             start_s, longest_s = self._shares.turn(mates, lane, now_s)
-            is_later = start_s > now_s
-            return start_s, None if is_later else of(mates, longest_s=longest_s)
+            if start_s <= now_s:
+                return start_s, of(mates, longest_s=longest_s)
+            return min(start_s, self._shares.next_claim_s(mates, lane, now_s)), None
         # Those beyond come after the others, in what these leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
         return now_s, of(ordered, claims=claims) or of(mates)
@@ -348,8 +369,8 @@ class Scheduler:
             return now_s
         served = frozenset([c.tenant for c in chunks if not claims or claims[c.tenant]])
         longest_s = max([each.p99_s for each in lane.ready.values()])
-        enough = num + lane.slots - len(chunks)
-        self._company.expect(mates[0].lane, served, enough, end_s + longest_s)
+        until_s, room = end_s + longest_s, lane.room(len(chunks))
+        self._company.expect(mates[0].lane, served, num, room, until_s)
         return min(end_s, self._queues.next_deadline_s())
 
     def _take(

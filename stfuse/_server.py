@@ -168,7 +168,7 @@ class Server:
             if tenant.is_on_host:
                 self.members.residency.want(tenant)
                 self._work.notify()
-            if self._is_idle and self.scheduler.is_news(name, until_s):
+            if self._is_idle and not self.scheduler.is_resting:
                 self._is_idle = False
                 self._work.notify()
         return future

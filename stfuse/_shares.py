@@ -30,6 +30,7 @@ class _Account:
         weight: of its share.
         share: of the device's time; at most 1.
         burst: slots that it may have at once.
+        most: the same, whole ones.
         spent_s: what was in it, seconds.
         at_s: as of when.
         per_step: slots of a step that it had lately while it was beyond its share.
@@ -38,6 +39,7 @@ class _Account:
     weight: float
     share: float = 0.0
     burst: float = 0.0
+    most: int = 0
     spent_s: float = 0.0
     at_s: float = 0.0
     per_step: float = BEYOND
@@ -84,11 +86,11 @@ class Shares:
         found: dict[str, int] = {}
         for tenant in tenants:
             account = self._accounts[tenant.name]
-            most, left_s = account.burst, account.spent_s and account.left_s(now_s)
-            if left_s:
-                most = max(most - left_s / lane.slot_s(*_slot_of(tenant)), 0.0)
-            # Rounded: what ran out exactly is not a last bit short of it.
-            found[tenant.name] = int(most + 1e-6)
+            found[tenant.name] = account.most
+            # Most often all that was in it has run out.
+            if account.spent_s > account.share * (now_s - account.at_s):
+                slots = account.left_s(now_s) / lane.slot_s(*_slot_of(tenant))
+                found[tenant.name] = _whole(max(account.burst - slots, 0.0))
         return found
 
     def next_claim_s(
@@ -160,7 +162,10 @@ class Shares:
             return now_s, math.inf
         shortest_s = lane.shortest_s(*_slot_of(tenants[0]))
         self._rested_s = min(self._rested_s, now_s + _REST * shortest_s)
-        return self._rested_s, _SHORT * shortest_s
+        own = {tenant.name for tenant in tenants}
+        others_s = [at_s for name, at_s in self._recent.items() if name not in own]
+        start_s = min(self._rested_s, max(others_s) + _RECENT_S)
+        return start_s, _SHORT * shortest_s
 
     def spend(
         self,
@@ -181,14 +186,17 @@ class Shares:
         """
         if not self._is_divided:
             self._divide()
+        took_s = {s: lane.slot_s(s, bucket.rows) for s in {c.species for c in chunks}}
         for name, _, _, _, species in chunks:
-            account, slot_s = self._accounts[name], lane.slot_s(species, bucket.rows)
+            account, slot_s = self._accounts[name], took_s[species]
             # No more than two bursts: what it had while nobody else was about is past.
             most_s = 2 * account.burst * slot_s
             account.spent_s = min(account.left_s(now_s) + slot_s, most_s)
             account.at_s = now_s
             if claims[name]:
                 self._recent[name] = now_s
+        if all(claims.values()):
+            return
         for name in [name for name, claim in claims.items() if not claim]:
             account, had = self._accounts[name], 0
             for chunk in chunks:
@@ -204,6 +212,12 @@ class Shares:
         for each in accounts:
             each.share = each.weight / whole
             each.burst = max(_BURST * each.share * num, 1.0)
+            each.most = _whole(each.burst)
+
+
+def _whole(slots: float) -> int:
+    """Return how many whole ones: what ran out exactly is not a last bit short."""
+    return int(slots + 1e-6)
 
 
 def _slot_of(tenant: Tenant) -> tuple[int, int]:

@@ -34,8 +34,7 @@ class Policy(enum.Enum):
     SPACE_TIME = "space-time"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Bucket:
+class Bucket(NamedTuple):  # a key of many lookups: a dataclass hashes in Python
     """The shape of one compiled step.
 
     Attributes:

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from stfuse._scheduler import Scheduler
-from stfuse._types import Bucket, Drain, Install, Join, Policy, Ready
+from stfuse._types import (
+    Bucket,
+    Cancel,
+    Drain,
+    Install,
+    Join,
+    Leave,
+    Policy,
+    Ready,
+)
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import ROW, serve
 from tests.test_scheduler import one_lane, served, submit
@@ -27,35 +36,94 @@ def test_a_request_waits_for_company_only_as_long_as_it_may():
     assert served(scheduler.decide(2.0)) == [("a", (1,))]
 
 
-def test_what_fills_the_step_or_is_urgent_ends_a_wait_for_company():
-    scheduler = one_lane(tenants="abcde", max_queue_delay_s=0.5)
-    assert scheduler.is_news("a", None)
-    submit(scheduler, 0, "a", now_s=1.0)
-    assert scheduler.decide(1.0).wait_until_s == 1.5
-    submit(scheduler, 1, "b", now_s=1.1)
-    submit(scheduler, 2, "c", now_s=1.1)
-    assert not scheduler.is_news("c", None)
-    assert not scheduler.is_news("c", 9.0)
-    assert scheduler.is_news("c", 1.505)  # less than a step after the wait
-    submit(scheduler, 3, "d", now_s=1.2)
-    assert scheduler.is_news("d", None)
-    assert len(served(scheduler.decide(1.2))) == 4
-    assert scheduler.is_news("a", None)
-
-
-def test_what_finds_no_place_in_the_step_ends_a_wait_for_company():
-    scheduler = one_lane(tenants="abcd", max_queue_delay_s=0.5)
+def waiting(slots=(1, 2, 4)):
+    """Return a scheduler where a waits from 1.0 to 1.5; d is of another lane."""
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_delay_s=0.5)
+    for name in "abcde":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (4,), dict.fromkeys("abce", (0,))))
+    for num in slots:
+        scheduler.handle(Ready("all", Bucket((num,), 1), 0.2))
     scheduler.handle(Install("other", (1,), {"d": (0,)}))
     scheduler.handle(Ready("other", Bucket((1,), 1), 0.01))
-    scheduler.handle(Ready("all", Bucket((4,), 2), 0.2))
     submit(scheduler, 0, "a", now_s=1.0)
     assert scheduler.decide(1.0).wait_until_s == 1.5
-    submit(scheduler, 1, "b", now_s=1.0)
-    assert not scheduler.is_news("b", None)
-    assert scheduler.is_news("a", None)  # a second one
-    assert scheduler.is_news("d", None)  # of another lane
-    assert scheduler.is_news("b", 1.69)  # its step could be as long as that
-    assert not scheduler.is_news("b", 1.71)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("come", "ends"),
+    [
+        ([("b", None)], False),
+        ([("b", None), ("c", 9.0)], False),
+        ([("b", 1.71)], False),
+        ([("b", 1.69)], True),  # its step could be as long as 0.2 s after the wait
+        ([("b", None), ("c", None), ("e", None)], True),  # the step is full
+        ([("a", None)], False),  # two slots of a step that reads weights by index
+        ([("a", None), ("a", None)], True),  # has three no more
+        ([("b", None), ("a", None)], True),  # the second one's is taken
+        ([("d", None)], True),
+    ],
+)
+def test_what_has_no_place_or_fills_the_step_or_is_urgent_ends_a_wait(come, ends):
+    scheduler = waiting()
+    for request, (name, deadline_s) in enumerate(come, 1):
+        assert scheduler.is_resting
+        submit(scheduler, request, name, now_s=1.1, deadline_s=deadline_s)
+    assert scheduler.is_resting is not ends
+    decision = scheduler.decide(1.1)
+    if ends:
+        assert decision.batch or decision.wait_until_s < 1.5
+    else:
+        assert decision.wait_until_s == 1.5
+        assert len(served(scheduler.decide(1.5))) == 1 + len({name for name, _ in come})
+
+
+def test_a_second_request_ends_a_wait_where_each_has_one_slot():
+    scheduler = waiting(slots=(4,))
+    submit(scheduler, 1, "a", now_s=1.1)
+    assert not scheduler.is_resting
+    assert served(scheduler.decide(1.1)) == [("a", (0,))]
+
+
+def test_a_decision_to_wait_stands_until_something_comes_or_time_is_up():
+    scheduler, looks = waiting(), []
+    decide = scheduler._decide
+    scheduler._decide = lambda now_s: looks.append(now_s) or decide(now_s)
+    submit(scheduler, 1, "b", now_s=1.1)
+    assert scheduler.decide(1.2).wait_until_s == 1.5
+    assert not looks
+    scheduler.handle(Ready("all", Bucket((2,), 1), 0.02))  # a prediction that changes
+    assert scheduler.decide(1.2).wait_until_s == 1.5
+    assert not looks
+    assert scheduler.decide(0.9).batch is not None  # the clock went back
+    assert looks == [0.9]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Cancel(0),
+        Drain(),
+        Leave("a"),
+        Install("all", (8,), dict.fromkeys("abce", (0,)), keeps_ready=True),
+        Ready("all", Bucket((8,), 1), 0.01),
+    ],
+)
+def test_a_decision_to_wait_falls_with_what_it_was_about(event):
+    scheduler = waiting()
+    scheduler.handle(event)
+    assert not scheduler.is_resting
+
+
+def test_a_step_that_takes_longer_than_predicted_begins_sooner():
+    scheduler = waiting()
+    submit(scheduler, 1, "b", now_s=1.1, deadline_s=1.8)
+    assert scheduler.decide(1.1).wait_until_s == 1.5
+    scheduler.handle(Ready("all", Bucket((4,), 1), 0.2, 0.29))
+    assert scheduler.decide(1.2).wait_until_s == 1.5
+    scheduler.handle(Ready("all", Bucket((2,), 1), 0.4, 0.5))
+    assert not scheduler.is_resting
 
 
 def strict(**options):
@@ -87,10 +155,11 @@ def test_a_flood_s_backlog_does_not_end_a_wait_for_company():
     flood(scheduler, 0.5)
     submit(scheduler, 1001, "b", now_s=0.6)
     assert scheduler.decide(0.6).wait_until_s == 1.1
-    assert not scheduler.is_news("c", None)
+    submit(scheduler, 1002, "c", now_s=0.6)
+    assert scheduler.is_resting
     chunks = served(scheduler.decide(1.1))
     assert chunks[0] == ("b", (1001,))
-    assert {name for name, _ in chunks[1:]} <= {"a"}
+    assert {name for name, _ in chunks[1:]} <= {"a", "c"}
 
 
 def test_nobody_who_has_a_claim_waits_for_others_company():

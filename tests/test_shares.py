@@ -18,10 +18,10 @@ ONE = Bucket((1,), 1)
 STEP_S = {1: 1.0, 4: 1.2, 16: 1.6}  # so a slot of a full step takes 0.1 s
 
 
-def lane():
+def lane(scale=1.0):
     found = LaneBuckets((16,), ())
     for slots, step_s in STEP_S.items():
-        found.predict(Bucket((slots,), 1), Times(step_s, step_s))
+        found.predict(Bucket((slots,), 1), Times(scale * step_s, scale * step_s))
     return found
 
 
@@ -36,9 +36,9 @@ def shares_of(**weights):
     return shares
 
 
-def serve(shares, name, slots, now_s):
+def serve(shares, name, slots, now_s, scale=1.0):
     """Serve a tenant, whoever is beyond its share; return whether it is then."""
-    one, all_of = waiting(name), lane()
+    one, all_of = waiting(name), lane(scale)
     claims = shares.claims([one], all_of, now_s)
     shares.spend([Chunk(name, (), 1, 0, 0)] * slots, claims, all_of, ONE, now_s)
     return not shares.claims([one], all_of, now_s)[name]
@@ -79,9 +79,17 @@ def test_those_beyond_have_short_steps_now_and_then_while_others_are_about():
     assert serve(shares, "a", 20, 0.2)
     assert shares.turn([waiting("a")], all_of, 0.3)[0] < 0.3
     assert serve(shares, "a", 9, 0.3)  # a step of one second, its own
-    assert shares.turn([waiting("a")], all_of, 0.9) == (0.3 + 16.0, 1.25)
-    # Nobody else for a second.
+    # It would rest for 16, but then there was nobody else for a second.
+    assert shares.turn([waiting("a")], all_of, 0.9) == (1.0, 1.25)
     assert shares.turn([waiting("a")], all_of, 1.3) == (1.3, math.inf)
+
+
+def test_a_step_for_those_beyond_alone_is_followed_by_a_rest_of_16_times_its_length():
+    shares, quick = shares_of(a=1.0, b=1.0), lane(0.01)
+    assert not serve(shares, "b", 1, 0.0, 0.01)
+    assert serve(shares, "a", 20, 0.0, 0.01) and serve(shares, "a", 9, 0.0, 0.01)
+    assert shares.turn([waiting("a")], quick, 0.0) == (0.16, 0.0125)
+    assert shares.turn([waiting("a")], quick, 0.16) == (0.16, 0.0125)
 
 
 def test_whoever_is_alone_is_nobody_else():
@@ -162,8 +170,8 @@ def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
     assert not serve(shares, "b", 1, 1000.0)
     assert serve(shares, "a", 20, 1000.0) and serve(shares, "a", 9, 1000.0)
-    assert shares.turn([waiting("a")], all_of, 5.0) == (21.0, 1.25)
-    assert shares.turn([waiting("a")], all_of, 5.9) == (21.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 5.0) == (6.0, 1.25)
+    assert shares.turn([waiting("a")], all_of, 5.9) == (6.0, 1.25)
     assert shares.turn([waiting("a")], all_of, 7.0) == (7.0, math.inf)
 
 
@@ -240,8 +248,27 @@ def test_who_is_beyond_its_share_is_served_though_no_step_is_short_enough():
     assert len(served(scheduler.decide(0.0))) == 2  # a step of its own
     decision = scheduler.decide(0.0)
     assert decision.batch is None
-    assert decision.wait_until_s == pytest.approx(1.6)  # it rests 16 times as long
-    assert served(scheduler.decide(1.61)) == [("a", (4,))]
+    # It would rest 16 times as long; but by then b is not about any more.
+    assert decision.wait_until_s == pytest.approx(1.0)
+    assert served(scheduler.decide(1.0)) == [("a", (4,))]
+
+
+def test_a_wait_of_those_beyond_ends_as_soon_as_one_has_a_claim_again():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    for name in "ab":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (16,), dict.fromkeys("ab", (0,))))
+    for slots, step_s in STEP_S.items():
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_s / 10))
+    submit(scheduler, 100, "b")
+    for request in range(20):
+        submit(scheduler, request, "a")
+    while served(decision := scheduler.decide(0.0)):
+        pass
+    until_s = decision.wait_until_s
+    assert 0.0 < until_s < 0.1  # a slot takes 0.01, and half of the time is a's
+    assert not served(scheduler.decide(until_s - 1e-4))
+    assert served(scheduler.decide(until_s + 1e-6))
 
 
 def test_those_beyond_their_shares_are_served_whatever_their_program():
