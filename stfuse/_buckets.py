@@ -17,10 +17,18 @@ BEYOND = 2
 
 
 class Times(NamedTuple):
-    """Predicted seconds of a step: the median, and the 99th percentile."""
+    """Predicted seconds of a step.
+
+    Attributes:
+        step_s: the median.
+        p99_s: the 99th percentile.
+        cost_s: of device or host, whichever such a step keeps busy for longer: as one
+            follows another, none can be had sooner.
+    """
 
     step_s: float
     p99_s: float
+    cost_s: float
 
 
 @dataclass(slots=True)
@@ -103,7 +111,7 @@ class LaneBuckets:
         found = self._least_s.get((species, rows))
         if found is None:
             pairs = [
-                (times.step_s / self.sizes[bucket], times.step_s)
+                (times.cost_s / self.sizes[bucket], times.step_s)
                 for bucket, times in self.ready.items()
                 if bucket.slots[species] and bucket.rows >= rows
             ]
@@ -197,18 +205,18 @@ def best(
             continue
         is_in_time = any_time or now_s + times.p99_s <= head_s
         rows = min(most, lane.sizes[bucket] * max_rows)
-        found.append((is_in_time, rows / times.step_s, bucket, times.step_s, cut))
+        found.append((is_in_time, rows / times.cost_s, bucket, times, cut))
     if found and longest_s < math.inf:
-        shortest_s = min(step_s for _, _, _, step_s, _ in found)
-        found = [each for each in found if each[3] <= max(longest_s, shortest_s)]
+        longest_s = max(longest_s, min(times.step_s for _, _, _, times, _ in found))
+        found = [each for each in found if each[3].step_s <= longest_s]
     found.sort(key=lambda each: each[:2], reverse=True)
     chosen: tuple[Bucket, list[Chunk]] | None = None
     best_score = (False, 0.0)
-    for is_in_time, rate, bucket, step_s, own in found:
+    for is_in_time, rate, bucket, times, own in found:
         if (is_in_time, rate) <= best_score:
             break  # nor can any that follows
         chunks = fill(lane, bucket, own)
-        score = (is_in_time, _rows(chunks, claims) / step_s)
+        score = (is_in_time, _rows(chunks, claims) / times.cost_s)
         serves_first = chunks and chunks[0].tenant == first.name
         if serves_first and score > best_score:
             chosen, best_score = (bucket, chunks), score

@@ -134,6 +134,7 @@ def config_key() -> tuple[Hashable, ...]:
 STEPS = StepCache()
 
 Key = tuple[Hashable, ...]
+Times = tuple[float, float, float]  # a step's median and p99, the host's median
 _MOST_REST = 64  # times the first patience
 
 
@@ -144,6 +145,7 @@ class _Seen:
     Attributes:
         last_s: by time.
         ordered_s: by size.
+        host_s: what the last ones took the host, by time.
         at: how many steps its lane had run by the last one, or when some were dropped.
         patience: steps of its lane without it until it has rested.
     """
@@ -151,6 +153,7 @@ class _Seen:
     patience: int
     last_s: deque[float] = field(default_factory=deque)
     ordered_s: list[float] = field(default_factory=list)
+    host_s: deque[float] = field(default_factory=deque)
     at: int = 0
 
     def drop(self, step_s: float) -> None:
@@ -161,6 +164,9 @@ class _Seen:
 
 class CostTable:
     """Measured step times by bucket, seconds: median and p99 of the last ones.
+
+    Beside them the median of what the host did for such a step: where that is more,
+    there are no more steps a second, however fast the device.
 
     A median forgets a stall (a first call, a preempted thread) that a mean would keep;
     what has to be in time goes by the p99, over a longer window. A bucket that stalls
@@ -186,8 +192,8 @@ class CostTable:
         self._seen: dict[Key, _Seen] = {}
         self._num_steps: dict[Hashable, int] = {}  # of each lane
 
-    def record(self, key: Key, step_s: float) -> tuple[float, float]:
-        """Add a measurement; return the median and the p99."""
+    def record(self, key: Key, step_s: float, host_s: float = 0.0) -> Times:
+        """Add a measurement, and what the step took the host; return what is known."""
         seen = self._seen.get(key)
         if seen is None:
             seen = self._seen[key] = _Seen(self._patience)
@@ -195,6 +201,9 @@ class CostTable:
             seen.drop(seen.last_s[0])
         seen.last_s.append(step_s)
         insort(seen.ordered_s, step_s)
+        seen.host_s.append(host_s)
+        if len(seen.host_s) > self._window:
+            seen.host_s.popleft()
         seen.at = self._num_steps[key[0]] = self._num_steps.get(key[0], 0) + 1
         return self._times(seen)
 
@@ -203,7 +212,7 @@ class CostTable:
         seen = self._seen.get(key)
         return seen.ordered_s[0] if seen else 0.0
 
-    def rested(self, lane: str) -> dict[Key, tuple[float, float]]:
+    def rested(self, lane: str) -> dict[Key, Times]:
         """Return new predictions of buckets that have not run for long, if any."""
         now, found = self._num_steps.get(lane, 0), {}
         if now % self._patience:
@@ -225,8 +234,13 @@ class CostTable:
         for key in [key for key in self._seen if key[0] == lane]:
             del self._seen[key]
 
-    def _times(self, seen: _Seen) -> tuple[float, float]:
+    def _times(self, seen: _Seen) -> Times:
         recent_s = sorted(islice(reversed(seen.last_s), self._window))
         # At most one in a hundred exceeds it; of a few, none.
         p99_s = seen.ordered_s[-2 if len(seen.ordered_s) > 8 else -1]
-        return recent_s[(len(recent_s) - 1) // 2], p99_s
+        host_s = sorted(seen.host_s)
+        return _median(recent_s), p99_s, _median(host_s)
+
+
+def _median(ordered_s: Sequence[float]) -> float:
+    return ordered_s[(len(ordered_s) - 1) // 2]

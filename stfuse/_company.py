@@ -1,13 +1,14 @@
 """Whether a step waits for company. No clock, no thread, no array, no JAX.
 
 It does while every request that it takes may wait, and while it would leave nobody
-waiting; those who are beyond their share do not count: there is always more of theirs.
+waiting; those who ask for more than their share has left do not count, as long as they
+lose nothing of it: there is always more of theirs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from stfuse._queues import Tenant
 from stfuse._types import Chunk
@@ -36,7 +37,7 @@ class Company:
         self,
         mates: Sequence[Tenant],
         chunks: Sequence[Chunk],
-        claims: Mapping[str, int] | None,
+        hurried: Collection[str] | None,
         num_queued: int,
         p99_s: float,
         now_s: float,
@@ -46,7 +47,7 @@ class Company:
         Args:
             mates: who may be in it.
             chunks: what it would take.
-            claims: slots that each of them is entitled to; None if to any.
+            hurried: who count; None if all do.
             num_queued: requests that wait, everybody's.
             p99_s: what such steps take at most.
             now_s: the time.
@@ -60,7 +61,7 @@ class Company:
             num += len(queue)
             if own:  # the first of them is the most urgent
                 ends_s.append(queue[0].deadline_s - p99_s)
-            if claims is None or claims[tenant.name]:
+            if hurried is None or tenant.name in hurried:
                 if own < len(queue):
                     return now_s
                 arrived_s += [entry.arrival_s for entry in queue]
@@ -81,7 +82,7 @@ class Company:
 
         Args:
             lane: whose step waits; others' requests are not in it.
-            served: who is in it.
+            served: who is in it, and counts.
             num_queued: requests that wait now.
             room: slots that are left: whoever asks for them, and if it is somebody
                 who is served already.

@@ -76,7 +76,9 @@ class Members:
         self._faults = faults
         self._command = command
 
-    def measured(self, lane: Lane, bucket: Bucket, step_s: float) -> list[Ready]:
+    def measured(
+        self, lane: Lane, bucket: Bucket, step_s: float, host_s: float = 0.0
+    ) -> list[Ready]:
         """Return what steps are predicted to take, now that one took so long.
 
         Nothing if the lane is no longer served: called on the device thread.
@@ -84,7 +86,8 @@ class Members:
         if self.lanes.get(lane.name) is not lane:
             return []
         key = (lane.name, lane.capacities, bucket)
-        found = {key: self.costs.record(key, step_s), **self.costs.rested(lane.name)}
+        times = self.costs.record(key, step_s, host_s)
+        found = {key: times, **self.costs.rested(lane.name)}
         return [
             Ready(lane.name, of, *times)
             for (_, capacities, of), times in found.items()

@@ -288,7 +288,7 @@ class Scheduler:
         lane = self._lanes.get(event.lane)
         if lane is not None:
             p99_s = event.step_s if event.p99_s is None else event.p99_s
-            times = Times(event.step_s, p99_s)
+            times = Times(event.step_s, p99_s, max(event.step_s, event.host_s))
             if lane.predict(event.bucket, times):
                 self._rest_s = None
                 self._queues.unpark(event.lane)
@@ -361,13 +361,14 @@ class Scheduler:
         now_s: float,
     ) -> float:
         """Return until when a step waits for company, or for what expires meanwhile."""
-        num, claims = len(self._queues), self._claims if self._shares else None
-        end_s = self._company.wait(mates, chunks, claims, num, p99_s, now_s)
-        if self._shares and now_s < end_s:  # who is entitled to slots waits for nobody
-            end_s = min(end_s, self._shares.next_claim_s(mates, lane, now_s))
-        if end_s <= now_s:
+        num, hurried, end_s = len(self._queues), None, math.inf
+        if self._shares:
+            hurried, end_s = self._shares.hurried(mates, self._claims, now_s)
+        wait_s = self._company.wait(mates, chunks, hurried, num, p99_s, now_s)
+        if (end_s := min(end_s, wait_s)) <= now_s:
             return now_s
-        served = frozenset([c.tenant for c in chunks if not claims or claims[c.tenant]])
+        taken = frozenset([chunk.tenant for chunk in chunks])
+        served = taken if hurried is None else taken & hurried
         longest_s = max([each.p99_s for each in lane.ready.values()])
         until_s, room = end_s + longest_s, lane.room(len(chunks))
         self._company.expect(mates[0].lane, served, num, room, until_s)
@@ -377,7 +378,7 @@ class Scheduler:
         self, lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Chunk], now_s: float
     ) -> None:
         """Remove chunks from the queues, and charge their tenants."""
-        step_s = lane.ready[bucket].step_s
+        step_s = lane.ready[bucket].cost_s
         row_s = step_s / sum([chunk.rows for chunk in chunks])
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])

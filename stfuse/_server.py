@@ -72,9 +72,7 @@ class Server:
         self._work = threading.Condition(self._inner)
         self._is_idle = False
         self.is_wide: bool = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-        self.scheduler = scheduler
-        self.device = device
-        self.clock = clock
+        self.scheduler, self.device, self.clock = scheduler, device, clock
         self.metrics = Metrics()
         self.books = Books(
             self.lock, scheduler, self.metrics, lambda t: self.members.depart(t)
@@ -91,7 +89,7 @@ class Server:
         self._has_served = True  # a step, since the loop last began
         self._commands: deque[_Command] = deque()
         self._is_command_next = True
-        self._decide_s, self._num_launches = 0.0, 0
+        self._decide_s, self._answer_s, self._num_launches = 0.0, 0.0, 0
         self.turns = OwnTurns()
         self.read_s = float("-inf")  # when the last step was read
         self._thread: threading.Thread | None = None
@@ -384,7 +382,8 @@ class Server:
         step_s = max(now_s - max(flight.launched_s, self.read_s), 1e-6)
         self.read_s = now_s
         lane, bucket = flight.lane, batch.bucket
-        predictions = self.members.measured(lane, bucket, step_s)
+        host_s = sum(flight.host_s) + fold_s + self._answer_s  # that of the step before
+        predictions = self.members.measured(lane, bucket, step_s, host_s)
         record = _flight.record(flight, now_s, step_s)
         answers = _flight.answers(flight, outputs)
         _staging.release(lane, bucket, flight.staged)
@@ -397,4 +396,5 @@ class Server:
         if self.faults.quarantine:
             self.faults.answered(batch)
         self.books.resolve(ended)
-        self.metrics.add_host(*flight.host_s, self.clock() - now_s, fold_s)
+        self._answer_s = self.clock() - now_s
+        self.metrics.add_host(*flight.host_s, self._answer_s, fold_s)

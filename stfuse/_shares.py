@@ -112,6 +112,28 @@ class Shares:
                 found = min(found, now_s + over_s / account.share)
         return found
 
+    def hurried(
+        self, tenants: Iterable[Tenant], claims: Mapping[str, int], now_s: float
+    ) -> tuple[frozenset[str], float]:
+        """Return who has claims to all that it waits for, or to as much as it may have.
+
+        And until when the others lose nothing if a step waits: so long claims grow.
+
+        Args:
+            tenants: each waits for a slot.
+            claims: to slots, of each.
+            now_s: the time.
+        """
+        found, until_s = [], math.inf
+        for tenant in tenants:
+            account = self._accounts[tenant.name]
+            if claims[tenant.name] >= min(len(tenant.queue), account.most):
+                found.append(tenant.name)
+            else:
+                own_s = account.left_s(now_s) / account.share
+                until_s = min(until_s, now_s + own_s)
+        return frozenset(found), until_s
+
     def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:
         """Return whether anybody else with a claim was served a moment ago."""
         since_s = now_s - _RECENT_S

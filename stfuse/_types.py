@@ -141,12 +141,14 @@ class Ready:
         bucket: which shape.
         step_s: predicted time of a step, seconds: a median.
         p99_s: what one in a hundred takes longer than; None for ``step_s``.
+        host_s: what the host does for such a step, seconds: a median.
     """
 
     lane: str
     bucket: Bucket
     step_s: float
     p99_s: float | None = None
+    host_s: float = 0.0
 
 
 class Submit(NamedTuple):  # of which there are many: a dataclass takes longer to make

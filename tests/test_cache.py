@@ -172,7 +172,7 @@ def test_a_prediction_is_the_median_of_the_last_few_measurements(times_s, window
 
 def test_a_stall_is_forgotten():
     table = _cache.CostTable()
-    assert [table.record(("a",), t) for t in (0.1, 9.0, 0.1)][-1] == (0.1, 9.0)
+    assert [table.record(("a",), t) for t in (0.1, 9.0, 0.1)][-1] == (0.1, 9.0, 0.0)
 
 
 def test_a_bucket_that_rests_forgets_its_slowest_measurements_until_one_is_left():
@@ -187,10 +187,17 @@ def test_a_bucket_that_rests_forgets_its_slowest_measurements_until_one_is_left(
         table.record(fast, 2.0)
         found.append(table.rested("a"))
     kept = [each for each in found if each]
-    assert kept == [{slow: (1.0, 9.0)}, {slow: (1.0, 1.0)}]
+    assert kept == [{slow: (1.0, 9.0, 0.0)}, {slow: (1.0, 1.0, 0.0)}]
     assert found[3] and found[11]  # twice as long the second time
-    assert table.record(other, 9.0) == (9.0, 9.0)
-    assert table.record(slow, 1.0) == (1.0, 1.0)
+    assert table.record(other, 9.0) == (9.0, 9.0, 0.0)
+    assert table.record(slow, 1.0) == (1.0, 1.0, 0.0)
+
+
+def test_what_steps_take_the_host_is_kept_apart():
+    table = _cache.CostTable(window=4)
+    for host_s in (9.0, 9.0, 9.0, 0.2, 0.2, 0.3):
+        found = table.record(("a", 1), 0.1, host_s)
+    assert found == (0.1, 0.1, 0.2)  # of the last four
 
 
 def test_measurements_of_one_bucket_say_nothing_of_another_and_can_be_forgotten():

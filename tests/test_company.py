@@ -162,22 +162,26 @@ def test_a_flood_s_backlog_does_not_end_a_wait_for_company():
     assert {name for name, _ in chunks[1:]} <= {"a", "c"}
 
 
-def test_nobody_who_has_a_claim_waits_for_others_company():
+def test_nobody_who_would_lose_of_its_share_waits_for_others_company():
     scheduler = strict()
     for request in range(30):
         submit(scheduler, request, "a", now_s=0.6)
     submit(scheduler, 1001, "b", now_s=0.6)
     assert {name for name, _ in served(scheduler.decide(0.6))} == {"a", "b"}
-    submit(scheduler, 1002, "b", now_s=3.0)  # a third of the time was a's own since
-    assert {name for name, _ in served(scheduler.decide(3.0))} == {"a", "b"}
+    # It had ten slots, a second's worth; a third of the time is its own.
+    submit(scheduler, 1002, "b", now_s=3.7)
+    assert {name for name, _ in served(scheduler.decide(3.7))} == {"a", "b"}
 
 
-def test_a_wait_ends_as_soon_as_who_was_beyond_its_share_has_a_claim_again():
+def test_a_wait_ends_before_who_was_beyond_its_share_loses_of_it():
     scheduler = strict()
     flood(scheduler, 0.5)
-    submit(scheduler, 1001, "b", now_s=2.3)
-    claim_s = scheduler.decide(2.3).wait_until_s
-    assert claim_s == pytest.approx(2.6)
+    submit(scheduler, 1001, "b", now_s=2.7)  # with a claim to a slot, a waits, too
+    assert scheduler.decide(2.7).wait_until_s == 3.2
+    assert {name for name, _ in served(scheduler.decide(3.2))} == {"a", "b"}
+    submit(scheduler, 1002, "b", now_s=5.3)
+    claim_s = scheduler.decide(5.3).wait_until_s
+    assert claim_s == pytest.approx(5.6)  # a has all that it may have
     assert not served(scheduler.decide(claim_s - 1e-3))
     assert {name for name, _ in served(scheduler.decide(claim_s + 1e-6))} == {"a", "b"}
 

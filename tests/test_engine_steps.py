@@ -1,5 +1,6 @@
 """What a step shows of itself: two in flight, its counts, its times, its trace."""
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -267,3 +268,21 @@ def test_a_step_that_is_done_sooner_than_ever_is_answered_soon():
     with serve(affine_job("a"), **options) as engine:
         for _ in range(3):
             np.testing.assert_array_equal(engine.submit("a", ROW).result(20), ROW * 3)
+
+
+def test_a_step_is_known_to_keep_the_host_busy_too(monkeypatch):
+    ticks = itertools.count()
+    with serve(affine_job("a"), clock=lambda: next(ticks) * 1e-3) as engine:
+        found, members = [], engine._server.members
+        measured = members.measured
+
+        def note(lane, bucket, step_s, host_s=0.0):
+            found.append((step_s, host_s))
+            return measured(lane, bucket, step_s, host_s)
+
+        monkeypatch.setattr(members, "measured", note)
+        for _ in range(2):
+            engine.infer("a", ROW)
+    # Each look at the clock is a millisecond: decide, stage, launch, fold; then answer.
+    assert found[0][1] >= 3.9e-3
+    assert found[1][1] >= 4.9e-3

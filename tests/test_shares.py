@@ -21,7 +21,7 @@ STEP_S = {1: 1.0, 4: 1.2, 16: 1.6}  # so a slot of a full step takes 0.1 s
 def lane(scale=1.0):
     found = LaneBuckets((16,), ())
     for slots, step_s in STEP_S.items():
-        found.predict(Bucket((slots,), 1), Times(scale * step_s, scale * step_s))
+        found.predict(Bucket((slots,), 1), Times(*[scale * step_s] * 3))
     return found
 
 
@@ -156,8 +156,8 @@ def test_what_is_held_is_served_when_nobody_comes_any_more():
 
 def test_a_slot_of_a_dear_program_counts_for_what_it_takes():
     shares, both = shares_of(a=1.0, b=1.0), LaneBuckets((8, 8), ())
-    both.predict(Bucket((8, 0), 1), Times(0.8, 0.8))
-    both.predict(Bucket((0, 8), 1), Times(80.0, 80.0))
+    both.predict(Bucket((8, 0), 1), Times(0.8, 0.8, 0.8))
+    both.predict(Bucket((0, 8), 1), Times(80.0, 80.0, 80.0))
     shares.spend([Chunk("a", (), 1, 0, 1)] * 8, {"a": 8}, both, Bucket((0, 8), 1), 0.0)
     cheap, dear = waiting("a"), waiting("a")
     dear.species = (1,)
