@@ -7,7 +7,7 @@
     isolation  p99 of well-behaved tenants beside an abusive one (10 shares) over their
                p99 beside a peaceful one, with deadlines and without
     join       p99 of the others while a tenant is added over before: into a free slot,
-               and into a lane that must grow for it
+               and into a lane that must grow for it, or gets another program
     loadgen    per policy: the largest rate that MLPerf's LoadGen calls valid
 
 Latency counts from the intended send time; warm-up is not counted. good/s is what was
@@ -43,6 +43,7 @@ MEASURES = ("sweep", "step", "isolation", "join", "loadgen")
 
 _SCALE = flags.DEFINE_enum("scale", "full", ["full", "small"], "Of the models.")
 _WORKLOAD = flags.DEFINE_string("workload", "minilm", "What all tenants run.")
+_NEWCOMER = flags.DEFINE_string("newcomer", None, "What who joins a full lane runs.")
 _TENANTS = flags.DEFINE_integer("tenants", None, "64 or, if small, 8.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 on a GPU."
@@ -58,7 +59,7 @@ _SECONDS = flags.DEFINE_float(
     "seconds", None, "Of each load; a third is warm-up. 1.5 or, if small, 0.7."
 )
 _JOIN_SECONDS = flags.DEFINE_float(
-    "join_seconds", None, "That a full lane's newcomer has; many times if not given."
+    "join_seconds", None, "That who joins it has; many times if not given."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of the isolation cases.", lower_bound=1)
 _DEADLINE_MS = flags.DEFINE_float("deadline_ms", 20.0, "From the intended send time.")
@@ -251,7 +252,7 @@ def measure_join(
     engine.remove(fleet.jobs[-1].name)
     cases = {
         "free slot": (fleet.first(num - 1), fleet.jobs[-1], options.seconds),
-        "full lane": (fleet, newcomer, build_s),
+        _NEWCOMER.value or "full lane": (fleet, newcomer, build_s),
     }
     for name, (others, job, after_s) in cases.items():
         high = goals.HIGH_LOAD * rate
@@ -316,9 +317,8 @@ def plot(path: str, title: str, policies: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for policy, found in policies.items():
-        loads = sorted(
-            found.get("loads", {}).values(), key=lambda x: x["offered_per_s"]
-        )
+        each = found.get("loads", {}).values()
+        loads = sorted(each, key=lambda x: x["offered_per_s"])
         offered = [x["offered_per_s"] for x in loads]
         goodput = [x["goodput_per_s"] for x in loads]
         left.plot(offered, goodput, marker="o", label=policy)
@@ -339,9 +339,10 @@ def check_flags(known: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    if _WORKLOAD.value not in known:
-        there = ", ".join(known)
-        raise app.UsageError(f"--workload: no {_WORKLOAD.value}; there are {there}")
+    for flag in (_WORKLOAD, _NEWCOMER):
+        if flag.value not in (*known, flag.default):
+            there = ", ".join(known)
+            raise app.UsageError(f"--{flag.name}: no {flag.value}; there are {there}")
     if unknown := sorted({*_MEASURES.value} - {*MEASURES}):
         there = ", ".join(MEASURES)
         raise app.UsageError(f"--measure: no {unknown}; there are {there}")
@@ -364,7 +365,7 @@ def main(_: list[str]) -> None:
     """Measure, print, save, draw; exit with 1 if an answer is not its model's."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend it looks for
     dtype, is_small = workloads.choose_dtype(_DTYPE.value), _SCALE.value == "small"
-    known = workloads.make_workloads(jnp.dtype(dtype).type, is_small=is_small)
+    known = workloads.make_paper_workloads(jnp.dtype(dtype).type, is_small=is_small)
     check_flags(known)
     num = _TENANTS.value or (8 if is_small else 64)
     kind = jax.devices()[0].device_kind
@@ -375,6 +376,8 @@ def main(_: list[str]) -> None:
     answers, workload = Answers(), known[_WORKLOAD.value]
     everyone = fleets.make_fleet(workload, num + 1, _ROWS.value, jnp.dtype(dtype))
     fleet, newcomer = everyone.first(num), everyone.jobs[-1]
+    if _NEWCOMER.value:  # what it is asked are the others' requests
+        (newcomer,), _ = workloads.make_jobs(known[_NEWCOMER.value], 1, dtype)
     for policy in dict.fromkeys(_POLICIES.value):
         policies[policy] = measure_policy(policy, fleet, newcomer, answers)
         if _SAVE.value:  # what was measured stays if what follows fails
