@@ -9,7 +9,7 @@ Utilization and throughput are of loops without a server; served is what a serve
 through, p50 and p99 what it answers in at 70% of that. Spread is the slowest tenant's
 median over the fastest's there; interference is p99 of the others beside an abusive
 tenant over their p99 beside a peaceful one; in each way it asks for ten shares, and has
-four requests in flight at most. Requests of space-time wait 4 ms for company. Rows are
+four requests in flight at most. Requests of space-time wait 2 ms for company. Rows are
 kept in RESULTS/policies.json, of which `python -m examples.figures` makes a table.
 """
 

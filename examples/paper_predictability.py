@@ -37,7 +37,7 @@ from examples.paper import Part
 from examples.paper_models import dtype_here, known
 
 WAYS = ("time", "space", "in turn", "space-time")
-COMPANY_S = {"space-time": 4e-3}  # fuller steps cost the host less a request
+COMPANY_S = {"space-time": 2e-3}  # fuller steps cost the host less a request
 POLICIES = {"in turn": "time", "space-time": "space-time", "exclusive": "exclusive"}
 MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
 LOADS = (0.5, 0.7, 0.9)
