@@ -134,7 +134,7 @@ def config_key() -> tuple[Hashable, ...]:
 STEPS = StepCache()
 
 Key = tuple[Hashable, ...]
-Times = tuple[float, float, float]  # a step's median and p99, the host's median
+Measured = tuple[float, float, float]  # a step's median and p99, the host's median
 _MOST_REST = 64  # times the first patience
 
 
@@ -192,7 +192,7 @@ class CostTable:
         self._seen: dict[Key, _Seen] = {}
         self._num_steps: dict[Hashable, int] = {}  # of each lane
 
-    def record(self, key: Key, step_s: float, host_s: float = 0.0) -> Times:
+    def record(self, key: Key, step_s: float, host_s: float = 0.0) -> Measured:
         """Add a measurement, and what the step took the host; return what is known."""
         seen = self._seen.get(key)
         if seen is None:
@@ -212,7 +212,7 @@ class CostTable:
         seen = self._seen.get(key)
         return seen.ordered_s[0] if seen else 0.0
 
-    def rested(self, lane: str) -> dict[Key, Times]:
+    def rested(self, lane: str) -> dict[Key, Measured]:
         """Return new predictions of buckets that have not run for long, if any."""
         now, found = self._num_steps.get(lane, 0), {}
         if now % self._patience:
@@ -234,7 +234,7 @@ class CostTable:
         for key in [key for key in self._seen if key[0] == lane]:
             del self._seen[key]
 
-    def _times(self, seen: _Seen) -> Times:
+    def _times(self, seen: _Seen) -> Measured:
         recent_s = sorted(islice(reversed(seen.last_s), self._window))
         # At most one in a hundred exceeds it; of a few, none.
         p99_s = seen.ordered_s[-2 if len(seen.ordered_s) > 8 else -1]
