@@ -67,24 +67,24 @@ class Pace:
         slots: most slots of a step of the lane that ran last.
         rows: most rows of a slot of it.
         is_dense: whether a tenant has one slot of its largest step, not more.
-        slot_s: seconds of a slot of it in a full step.
+        full_slots: average slots of a full step that take as long as a step lately.
     """
 
     def __init__(self) -> None:
         """Know nothing."""
-        self.step_s, self.slot_s = 0.0, 1.0
+        self.step_s = self.full_slots = 0.0
         self.slots = self.rows = 1
         self.is_dense = True
         self._free_s = 0.0
 
     def start(
-        self, now_s: float, step_s: float, lane: LaneBuckets, slot_s: float
+        self, now_s: float, step_s: float, lane: LaneBuckets, full_slots: float
     ) -> None:
         """Take note of a step of a lane that is started."""
         kept = _KEPT if self.step_s else 0.0
+        self.full_slots = kept * self.full_slots + (1 - kept) * full_slots
         self.step_s = kept * self.step_s + (1 - kept) * step_s
         self.slots, self.rows, self.is_dense = lane.slots, lane.rows, lane.is_dense
-        self.slot_s = slot_s
         self._free_s = max(self._free_s, now_s) + step_s
 
     def busy_s(self, now_s: float) -> float:
@@ -207,8 +207,8 @@ class Admission:
             turns = own[1] // (pace.rows * spare) + before // slots
             if shares is not None:
                 name, own_slots = tenant.name, own[1] // pace.rows
-                full_slots, now_s = pace.step_s / pace.slot_s, event.now_s
-                steps = shares.steps_until(name, own_slots, full_slots, now_s)
+                now_s = event.now_s
+                steps = shares.steps_until(name, own_slots, pace.full_slots, now_s)
                 turns = max(turns, steps)
         return pace.busy_s(event.now_s) + turns * pace.step_s
 

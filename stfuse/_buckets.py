@@ -87,14 +87,32 @@ class LaneBuckets:
         """
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
 
-    def room(self, num_taken: int) -> tuple[int, int]:
-        """Return how many slots are left of a step: for others, for those in it.
+    def room(self, bucket: Bucket, num_taken: int) -> int:
+        """Return how many slots more those in a step may have, and none be left out.
+
+        So many find a place in the best step for them, as measured.
 
         Args:
-            num_taken: slots that are not left.
+            bucket: the best for those in it.
+            num_taken: slots that they have.
         """
-        most = self.open_slots if len(self.capacities) == 1 else 0
-        return self.slots - num_taken, max(most - num_taken, 0)
+        if len(self.capacities) > 1:  # the others may be another program's
+            return 0
+        size, cost_s = num_taken, self.ready[bucket].cost_s
+        if not self._is_dense(bucket):
+            size = self.sizes[bucket]
+        larger = [
+            (num, self.ready[each].cost_s)
+            for each, num in self.sizes.items()
+            if num > size and each.rows == bucket.rows and not self._is_dense(each)
+        ]
+        for num, next_s in sorted(larger):
+            if num == size:  # a slower one of as many
+                continue
+            if (size + 1) / next_s < size / cost_s:
+                break
+            size, cost_s = num, next_s
+        return size - num_taken
 
     def slot_s(self, species: int, rows: int) -> float:
         """Return what a slot of a species and some rows takes at least, seconds.

@@ -225,6 +225,8 @@ class CostTable:
                 seen.at, seen.patience = now, min(2 * seen.patience, most)
                 for slow_s in seen.ordered_s[num // 2 :]:
                     seen.drop(slow_s)
+                for slow_s in sorted(seen.host_s)[(len(seen.host_s) + 1) // 2 :]:
+                    seen.host_s.remove(slow_s)
                 found[key] = self._times(seen)
         return found
 

@@ -1,8 +1,8 @@
 """Whether a step waits for company. No clock, no thread, no array, no JAX.
 
 It does while every request that it takes may wait, and while it would leave nobody
-waiting; those who ask for more than their share has left do not count, as long as they
-lose nothing of it: there is always more of theirs.
+waiting; those who ask for more than their share has left, and have no deadlines, do not
+count as long as they lose nothing of it: there is always more of theirs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from stfuse._queues import Tenant
-from stfuse._types import Chunk
+from stfuse._types import Bucket, Chunk, Submit
 
 
 class Company:
@@ -29,15 +29,16 @@ class Company:
     def forget(self) -> None:
         """Wait for nobody."""
         self._lane: str | None = None
-        self._served: frozenset[str] = frozenset()
-        self._enough = self._full = 0
+        self._served: Collection[str] = ()
+        self._patient: Collection[str] = ()
+        self._enough = self._full = self._rows = 0
         self._until_s = math.inf
 
     def wait(
         self,
         mates: Sequence[Tenant],
         chunks: Sequence[Chunk],
-        hurried: Collection[str] | None,
+        patient: Collection[str],
         num_queued: int,
         p99_s: float,
         now_s: float,
@@ -47,7 +48,7 @@ class Company:
         Args:
             mates: who may be in it.
             chunks: what it would take.
-            hurried: who count; None if all do.
+            patient: who does not count.
             num_queued: requests that wait, everybody's.
             p99_s: what such steps take at most.
             now_s: the time.
@@ -61,7 +62,7 @@ class Company:
             num += len(queue)
             if own:  # the first of them is the most urgent
                 ends_s.append(queue[0].deadline_s - p99_s)
-            if hurried is None or tenant.name in hurried:
+            if tenant.name not in patient:
                 if own < len(queue):
                     return now_s
                 arrived_s += [entry.arrival_s for entry in queue]
@@ -73,35 +74,40 @@ class Company:
     def expect(
         self,
         lane: str | None,
-        served: frozenset[str],
-        num_queued: int,
-        room: tuple[int, int],
+        step: tuple[Bucket, Sequence[Chunk]],
+        patient: Collection[str],
+        enough: tuple[int, int],
         until_s: float,
     ) -> None:
         """Take note of what ends a wait before its time.
 
         Args:
             lane: whose step waits; others' requests are not in it.
-            served: who is in it, and counts.
-            num_queued: requests that wait now.
-            room: slots that are left: whoever asks for them, and if it is somebody
-                who is served already.
+            step: that step as it would be now.
+            patient: who does not count.
+            enough: requests that wait when it does not go on: as many as fill the
+                largest step; more than so many, the last somebody's second one.
             until_s: a request with a deadline before that ends it too.
         """
-        self._lane, self._served, self._until_s = lane, served, until_s
-        self._enough, self._full = (num_queued + slots for slots in room)
+        bucket, chunks = step
+        self._lane, self._patient, self._until_s = lane, patient, until_s
+        self._served = frozenset([chunk.tenant for chunk in chunks])
+        (self._enough, self._full), self._rows = enough, bucket.rows
 
-    def is_there(
-        self, tenant: Tenant, num_queued: int, deadline_s: float | None
-    ) -> bool:
+    def is_there(self, tenant: Tenant, event: Submit, num_queued: int) -> bool:
         """Return whether a request that just came ends the wait.
 
         Args:
             tenant: whose it is.
+            event: the request.
             num_queued: requests that wait now.
-            deadline_s: the new one's.
         """
-        is_urgent = deadline_s is not None and deadline_s < self._until_s
-        is_another = tenant.lane != self._lane
-        has_no_place = tenant.name in self._served and num_queued > self._full
-        return is_urgent or is_another or has_no_place or num_queued >= self._enough
+        deadline_s = event.deadline_s
+        if deadline_s is not None and deadline_s < self._until_s:
+            return True
+        if tenant.lane != self._lane or num_queued >= self._enough:
+            return True
+        is_second = tenant.name in self._served or len(tenant.queue) > 1
+        if not is_second or tenant.name in self._patient:
+            return False
+        return num_queued > self._full or event.rows > self._rows

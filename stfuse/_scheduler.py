@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from stfuse._admission import Admission, Bounds
-from stfuse._buckets import LaneBuckets, Times, best
+from stfuse._buckets import BEYOND, LaneBuckets, Times, best
 from stfuse._company import Company
 from stfuse._queues import Queues, Tenant
 from stfuse._shares import Shares
@@ -157,7 +157,7 @@ class Scheduler:
         known = self._tenants.get(event.tenant)
         tenant = self._admission.check(event, known, self._queues, self._shares)
         self._queues.add(tenant, event)
-        if self._rest_s and self._is_news(tenant, event.deadline_s):
+        if self._rest_s and self._is_news(tenant, event):
             self._rest_s = None
 
     @property
@@ -165,11 +165,11 @@ class Scheduler:
         """Whether it was decided to wait, and nothing came since that may end that."""
         return self._rest_s is not None
 
-    def _is_news(self, tenant: Tenant, deadline_s: float | None) -> bool:
+    def _is_news(self, tenant: Tenant, event: Submit) -> bool:
         """Return whether a request that came may end what was decided last: to wait."""
         if tenant.name in self._held:
-            return deadline_s is not None
-        return self._company.is_there(tenant, len(self._queues), deadline_s)
+            return event.deadline_s is not None
+        return self._company.is_there(tenant, event, len(self._queues))
 
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
@@ -277,8 +277,9 @@ class Scheduler:
             lane.slots > 1 or chunks[0].rows >= lane.rows
         )
         if self._company.delay_s and not is_full:
-            until_s = self._wait_until_s(lane, mates, chunks, times.p99_s, now_s)
+            until_s = self._wait_until_s(lane, mates, found, now_s)
             if now_s < until_s:
+                self._is_contended = False
                 return Decision(None, tuple(expired), until_s)
         self._take(lane, bucket, chunks, now_s)
         batch = Batch(first.lane or "", bucket, tuple(chunks), times.step_s)
@@ -304,8 +305,7 @@ class Scheduler:
                 tenant.lane = None
         self._queues.unpark(event.lane)
         if event.members:
-            keeps = old if event.keeps_ready else None
-            lane = keeps or LaneBuckets(event.capacities, ())
+            lane = (event.keeps_ready and old) or LaneBuckets(event.capacities, ())
             lane.members = tuple(event.members)
             self._lanes[event.lane] = lane
         for name, species in event.members.items():
@@ -345,9 +345,9 @@ class Scheduler:
             return now_s, of(mates)
         if not any(claims.values()):
             start_s, longest_s = self._shares.turn(mates, lane, now_s)
-            if start_s <= now_s:
-                return start_s, of(mates, longest_s=longest_s)
-            return min(start_s, self._shares.next_claim_s(mates, lane, now_s)), None
+            start_s = min(start_s, self._shares.next_claim_s(mates, lane, now_s))
+            is_later = start_s > now_s  # not if it is less than the clock can tell
+            return start_s, None if is_later else of(mates, longest_s=longest_s)
         # Those beyond come after the others, in what these leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
         return now_s, of(ordered, claims=claims) or of(mates)
@@ -356,30 +356,30 @@ class Scheduler:
         self,
         lane: LaneBuckets,
         mates: Sequence[Tenant],
-        chunks: Sequence[Chunk],
-        p99_s: float,
+        found: tuple[Bucket, list[Chunk]],
         now_s: float,
     ) -> float:
         """Return until when a step waits for company, or for what expires meanwhile."""
-        num, hurried, end_s = len(self._queues), None, math.inf
+        (bucket, chunks), num = found, len(self._queues)
+        patient, end_s = frozenset[str](), math.inf
+        room = lane.room(bucket, len(chunks))
         if self._shares:
-            hurried, end_s = self._shares.hurried(mates, self._claims, now_s)
-        wait_s = self._company.wait(mates, chunks, hurried, num, p99_s, now_s)
-        if (end_s := min(end_s, wait_s)) <= now_s:
+            patient, end_s = self._shares.patient(mates, self._claims, now_s)
+            room = min(room, BEYOND)  # more may not be theirs
+        step = mates, chunks, patient, num, lane.ready[bucket].p99_s, now_s
+        if (end_s := min(end_s, self._company.wait(*step))) <= now_s:
             return now_s
-        taken = frozenset([chunk.tenant for chunk in chunks])
-        served = taken if hurried is None else taken & hurried
-        longest_s = max([each.p99_s for each in lane.ready.values()])
-        until_s, room = end_s + longest_s, lane.room(len(chunks))
-        self._company.expect(mates[0].lane, served, num, room, until_s)
+        until_s = end_s + max([each.p99_s for each in lane.ready.values()])
+        enough = num + lane.slots - len(chunks), num + room
+        self._company.expect(mates[0].lane, found, patient, enough, until_s)
         return min(end_s, self._queues.next_deadline_s())
 
     def _take(
         self, lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Chunk], now_s: float
     ) -> None:
         """Remove chunks from the queues, and charge their tenants."""
-        step_s = lane.ready[bucket].cost_s
-        row_s = step_s / sum([chunk.rows for chunk in chunks])
+        times = lane.ready[bucket]
+        row_s = times.cost_s / sum([chunk.rows for chunk in chunks])
         tenants = [self._tenants[chunk.tenant] for chunk in chunks]
         self._queues.charge(tenants, [row_s * chunk.rows for chunk in chunks])
         if self._shares:
@@ -388,8 +388,8 @@ class Scheduler:
             tenant.turn = self._queues.num_steps
             self._queues.drop(tenant, chunk.requests)
         self._is_contended = len(self._queues) > 0
-        slot_s = lane.slot_s(chunks[0].species, bucket.rows)
-        self._admission.pace.start(now_s, step_s, lane, slot_s)
+        slots = times.cost_s / lane.slot_s(chunks[0].species, bucket.rows)
+        self._admission.pace.start(now_s, times.step_s, lane, slots)
 
 
 def _at(seen: list[Tenant], i: int, order: Iterator[Tenant]) -> Tenant | None:

@@ -112,12 +112,13 @@ class Shares:
                 found = min(found, now_s + over_s / account.share)
         return found
 
-    def hurried(
+    def patient(
         self, tenants: Iterable[Tenant], claims: Mapping[str, int], now_s: float
     ) -> tuple[frozenset[str], float]:
-        """Return who has claims to all that it waits for, or to as much as it may have.
+        """Return who asks for more than its claim, and loses nothing by waiting.
 
-        And until when the others lose nothing if a step waits: so long claims grow.
+        That is who has no claim; or no deadlines, and not all of what it may claim. And
+        return until when: so long claims grow.
 
         Args:
             tenants: each waits for a slot.
@@ -126,10 +127,11 @@ class Shares:
         """
         found, until_s = [], math.inf
         for tenant in tenants:
-            account = self._accounts[tenant.name]
-            if claims[tenant.name] >= min(len(tenant.queue), account.most):
+            claim, account = claims[tenant.name], self._accounts[tenant.name]
+            if claim >= min(len(tenant.queue), account.most):
+                continue
+            if not claim or tenant.queue[0].deadline_s == math.inf:
                 found.append(tenant.name)
-            else:
                 own_s = account.left_s(now_s) / account.share
                 until_s = min(until_s, now_s + own_s)
         return frozenset(found), until_s

@@ -193,6 +193,18 @@ def test_a_bucket_that_rests_forgets_its_slowest_measurements_until_one_is_left(
     assert table.record(slow, 1.0) == (1.0, 1.0, 0.0)
 
 
+def test_a_bucket_that_a_slow_host_made_look_slow_is_tried_again():
+    table = _cache.CostTable(patience=4)
+    slow, other = ("a", "slow"), ("a", "other")
+    for host_s in (0.2, *[0.5] * 15):
+        table.record(slow, 0.001, host_s)
+    kept = []
+    for _ in range(4 * 64):
+        table.record(other, 0.01, 0.01)
+        kept += table.rested("a").values()
+    assert kept[-1] == (0.001, 0.001, 0.2)
+
+
 def test_what_steps_take_the_host_is_kept_apart():
     table = _cache.CostTable(window=4)
     for host_s in (9.0, 9.0, 9.0, 0.2, 0.2, 0.3):

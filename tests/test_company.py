@@ -198,3 +198,86 @@ def test_a_wait_may_be_without_end(deadline_s):
         engine.infer("b", ROW, timeout_s=60)  # all slots are taken
         np.testing.assert_array_equal(first.result(60), ROW * 3)
         assert engine.health().restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "pays"), [((0.01, 0.015), True), ((0.01, 0.05), False)]
+)
+def test_a_second_request_ends_a_wait_if_a_step_with_both_does_not_pay(times, pays):
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_delay_s=0.5)
+    for name in "ab":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (4,), dict.fromkeys("ab", (0,))))
+    for slots, step_s in zip((1, 2), times, strict=True):
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_s))
+    scheduler.handle(Ready("all", Bucket((4,), 1), 0.2))
+    submit(scheduler, 0, "a", now_s=1.0)
+    assert scheduler.decide(1.0).wait_until_s == 1.5
+    submit(scheduler, 1, "a", now_s=1.1)
+    assert scheduler.is_resting is pays
+    assert served(scheduler.decide(1.1)) == ([] if pays else [("a", (0,))])
+
+
+def test_a_second_request_ends_a_wait_if_the_step_s_slots_are_too_small_for_it():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=4, max_queue_delay_s=0.5)
+    scheduler.handle(Join("a"))
+    scheduler.handle(Install("all", (4,), {"a": (0,)}))
+    scheduler.handle(Ready("all", Bucket((2,), 1), 0.1))
+    scheduler.handle(Ready("all", Bucket((4,), 4), 0.1))
+    submit(scheduler, 0, "a", now_s=1.0)
+    assert scheduler.decide(1.0).wait_until_s == 1.5
+    submit(scheduler, 1, "a", now_s=1.1, rows=4)
+    assert not scheduler.is_resting
+
+
+def test_two_of_somebody_who_came_later_have_no_place_either():
+    scheduler = waiting(slots=(4,))
+    submit(scheduler, 1, "b", now_s=1.1)
+    assert scheduler.is_resting
+    submit(scheduler, 2, "b", now_s=1.1)
+    assert not scheduler.is_resting
+
+
+def test_who_has_deadlines_and_a_claim_does_not_wait_for_others_company():
+    """It has one slot left of its share, three deadlines, and the device is idle."""
+    options = {"strict_shares": True, "max_queue_delay_s": 0.5}
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, **options)
+    names = ["a", "c", *(f"other-{i}" for i in range(98))]
+    for name in names:
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (128,), dict.fromkeys(names, (0,))))
+    for slots, step_s in ((1, 0.01), (4, 0.1)):
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_s))
+    now_s, done, expired = 0.0, [], []
+
+    def serve_all():
+        nonlocal now_s
+        while scheduler.num_queued:
+            decision = scheduler.decide(now_s)
+            done.extend(served(decision))
+            expired.extend(decision.expired)
+            batch = decision.batch
+            now_s = now_s + batch.predicted_s if batch else decision.wait_until_s
+
+    for request in range(7):
+        submit(scheduler, request, "c", now_s=now_s)
+    serve_all()
+    for request in range(7, 10):
+        submit(scheduler, request, "c", now_s=now_s, deadline_s=now_s + 0.2)
+    submit(scheduler, 10, "a", now_s=now_s)
+    serve_all()
+    assert not expired
+    assert len(done) == 11
+
+
+def test_what_waited_for_company_until_its_deadline_is_near_is_not_given_up_then():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_delay_s=0.5)
+    scheduler.handle(Join("a"))
+    scheduler.handle(Install("all", (4,), {"a": (0,)}))
+    scheduler.handle(Ready("all", Bucket((4,), 1), 0.001, 0.001, host_s=0.003))
+    for request in (0, 1):
+        submit(scheduler, request, "a", deadline_s=0.3)
+    assert served(scheduler.decide(0.0)) == [("a", (0,))]  # and leaves work waiting
+    until_s = scheduler.decide(0.001).wait_until_s
+    assert until_s == pytest.approx(0.299)
+    assert served(scheduler.decide(until_s)) == [("a", (1,))]

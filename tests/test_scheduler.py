@@ -66,6 +66,17 @@ def test_a_step_costs_what_keeps_device_or_host_busy_for_longer(host_s):
     assert batch.predicted_s == (0.2 if host_s else 0.1)
 
 
+def test_what_the_host_does_makes_no_request_late_before_its_time():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    for name in "ab":
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (4,), dict.fromkeys("ab", (0,))))
+    scheduler.handle(Ready("all", Bucket((4,), 1), 0.001, 0.001, host_s=0.003))
+    submit(scheduler, 0, "a")
+    assert served(scheduler.decide(0.0)) == [("a", (0,))]
+    submit(scheduler, 1, "b", now_s=0.0015, deadline_s=0.002)  # the device is free
+
+
 def test_space_time_serves_every_tenant_in_one_step():
     scheduler = one_lane()
     for request, tenant in enumerate("abc"):

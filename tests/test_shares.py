@@ -271,6 +271,27 @@ def test_a_wait_of_those_beyond_ends_as_soon_as_one_has_a_claim_again():
     assert served(scheduler.decide(until_s + 1e-6))
 
 
+@pytest.mark.parametrize("start_s", [0.0, 1e5, 1.76e9])
+def test_nobody_is_lost_where_a_claim_is_nearer_than_the_clock_can_tell(start_s):
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
+    names = ["a", "b", *(f"other-{i}" for i in range(58))]
+    for name in names:
+        scheduler.handle(Join(name))
+    scheduler.handle(Install("all", (64,), dict.fromkeys(names, (0,))))
+    for slots, step_s in ((1, 0.002), (64, 0.0064)):
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_s))
+    now_s, num_served = start_s, 0
+    submit(scheduler, 0, "b", now_s=now_s)
+    for request in range(1, 101):
+        submit(scheduler, request, "a", now_s=now_s)
+    while scheduler.num_queued:
+        decision = scheduler.decide(now_s)
+        num_served += len(served(decision))
+        batch = decision.batch
+        now_s = now_s + batch.predicted_s if batch else decision.wait_until_s
+    assert num_served == 101
+
+
 def test_those_beyond_their_shares_are_served_whatever_their_program():
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, strict_shares=True)
     for name in "abc":
