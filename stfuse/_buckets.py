@@ -88,9 +88,9 @@ class LaneBuckets:
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
 
     def room(self, bucket: Bucket, num_taken: int) -> int:
-        """Return how many slots more those in a step may have, and none be left out.
+        """Return how many slots more those in a step may have of one that pays.
 
-        So many find a place in the best step for them, as measured.
+        A larger step does if it serves more a second when it is full.
 
         Args:
             bucket: the best for those in it.
@@ -109,7 +109,7 @@ class LaneBuckets:
         for num, next_s in sorted(larger):
             if num == size:  # a slower one of as many
                 continue
-            if (size + 1) / next_s < size / cost_s:
+            if num / next_s < size / cost_s:
                 break
             size, cost_s = num, next_s
         return size - num_taken
@@ -206,20 +206,17 @@ def best(
     max_rows = most = 0  # of a slot, and of all that there is to serve
     found = []  # what each bucket could do at best
     for bucket, times in lane.ready.items():
-        slots, own_rows, is_open = bucket
-        if own_rows < least or not slots[own_species]:
+        if bucket.rows < least or not bucket.slots[own_species]:
             continue
-        if own_rows != max_rows:
-            max_rows = own_rows
+        if bucket.rows != max_rows:
+            max_rows = bucket.rows
             if not is_whole:
                 of_mates = zip(mates, limits, strict=True)
                 cut = [_chunks(t, max_rows, limit, is_one) for t, limit in of_mates]
                 is_whole = all(map(_is_whole, cut, mates))
                 has_several = max(map(len, cut)) > 1
-                own_most = [claims[t.name] for t in mates] if claims else limits
-                pairs = zip(cut, own_most, strict=True)
-                most = sum([chunk.rows for own, num in pairs for chunk in own[:num]])
-        if is_open and not has_several:
+                most = _most(cut, [claims[t.name] for t in mates] if claims else limits)
+        if bucket.is_open and not has_several:
             continue
         is_in_time = any_time or now_s + times.p99_s <= head_s
         rows = min(most, lane.sizes[bucket] * max_rows)
@@ -282,6 +279,12 @@ def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chu
         Chunk(tenant.name, tuple(requests), rows, length, tenant.species[length])
         for requests, rows, length in found
     ]
+
+
+def _most(cut: Sequence[Sequence[Chunk]], limits: Sequence[int]) -> int:
+    """Return the rows of the first chunks of each tenant, as many as count."""
+    pairs = zip(cut, limits, strict=True)
+    return sum([chunk.rows for own, num in pairs for chunk in own[:num]])
 
 
 def _rows(chunks: Sequence[Chunk], claims: Mapping[str, int] | None) -> int:

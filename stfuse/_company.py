@@ -8,8 +8,9 @@ count as long as they lose nothing of it: there is always more of theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from stfuse._buckets import BEYOND
 from stfuse._queues import Tenant
 from stfuse._types import Bucket, Chunk, Submit
 
@@ -31,6 +32,7 @@ class Company:
         self._lane: str | None = None
         self._served: Collection[str] = ()
         self._patient: Collection[str] = ()
+        self._claims: Mapping[str, int] | None = None
         self._enough = self._full = self._rows = 0
         self._until_s = math.inf
 
@@ -76,6 +78,7 @@ class Company:
         lane: str | None,
         step: tuple[Bucket, Sequence[Chunk]],
         patient: Collection[str],
+        claims: Mapping[str, int] | None,
         enough: tuple[int, int],
         until_s: float,
     ) -> None:
@@ -85,6 +88,7 @@ class Company:
             lane: whose step waits; others' requests are not in it.
             step: that step as it would be now.
             patient: who does not count.
+            claims: to slots; None to any.
             enough: requests that wait when it does not go on: as many as fill the
                 largest step; more than so many, the last somebody's second one.
             until_s: a request with a deadline before that ends it too.
@@ -93,6 +97,7 @@ class Company:
         self._lane, self._patient, self._until_s = lane, patient, until_s
         self._served = frozenset([chunk.tenant for chunk in chunks])
         (self._enough, self._full), self._rows = enough, bucket.rows
+        self._claims = claims
 
     def is_there(self, tenant: Tenant, event: Submit, num_queued: int) -> bool:
         """Return whether a request that just came ends the wait.
@@ -110,4 +115,8 @@ class Company:
         is_second = tenant.name in self._served or len(tenant.queue) > 1
         if not is_second or tenant.name in self._patient:
             return False
-        return num_queued > self._full or event.rows > self._rows
+        if num_queued > self._full or event.rows > self._rows:
+            return True
+        if self._claims is None:
+            return False
+        return len(tenant.queue) > self._claims.get(tenant.name, 0) + BEYOND

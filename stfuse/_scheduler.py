@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from stfuse._admission import Admission, Bounds
-from stfuse._buckets import BEYOND, LaneBuckets, Times, best
+from stfuse._buckets import LaneBuckets, Times, best
 from stfuse._company import Company
 from stfuse._queues import Queues, Tenant
 from stfuse._shares import Shares
@@ -362,16 +362,16 @@ class Scheduler:
         """Return until when a step waits for company, or for what expires meanwhile."""
         (bucket, chunks), num = found, len(self._queues)
         patient, end_s = frozenset[str](), math.inf
-        room = lane.room(bucket, len(chunks))
+        claims = self._claims if self._shares else None
         if self._shares:
-            patient, end_s = self._shares.patient(mates, self._claims, now_s)
-            room = min(room, BEYOND)  # more may not be theirs
+            patient, end_s = self._shares.patient(mates, self._claims, lane, now_s)
         step = mates, chunks, patient, num, lane.ready[bucket].p99_s, now_s
         if (end_s := min(end_s, self._company.wait(*step))) <= now_s:
             return now_s
         until_s = end_s + max([each.p99_s for each in lane.ready.values()])
-        enough = num + lane.slots - len(chunks), num + room
-        self._company.expect(mates[0].lane, found, patient, enough, until_s)
+        room = lane.slots - len(chunks), lane.room(bucket, len(chunks))
+        enough = num + room[0], num + room[1]
+        self._company.expect(mates[0].lane, found, patient, claims, enough, until_s)
         return min(end_s, self._queues.next_deadline_s())
 
     def _take(

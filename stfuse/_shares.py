@@ -113,16 +113,21 @@ class Shares:
         return found
 
     def patient(
-        self, tenants: Iterable[Tenant], claims: Mapping[str, int], now_s: float
+        self,
+        tenants: Iterable[Tenant],
+        claims: Mapping[str, int],
+        lane: LaneBuckets,
+        now_s: float,
     ) -> tuple[frozenset[str], float]:
         """Return who asks for more than its claim, and loses nothing by waiting.
 
         That is who has no claim; or no deadlines, and not all of what it may claim. And
-        return until when: so long claims grow.
+        return until when: its claim grows so long, or, with deadlines, there is none.
 
         Args:
-            tenants: each waits for a slot.
+            tenants: of one lane; each waits for a slot.
             claims: to slots, of each.
+            lane: theirs.
             now_s: the time.
         """
         found, until_s = [], math.inf
@@ -130,10 +135,13 @@ class Shares:
             claim, account = claims[tenant.name], self._accounts[tenant.name]
             if claim >= min(len(tenant.queue), account.most):
                 continue
-            if not claim or tenant.queue[0].deadline_s == math.inf:
+            if tenant.queue[0].deadline_s == math.inf:
                 found.append(tenant.name)
                 own_s = account.left_s(now_s) / account.share
                 until_s = min(until_s, now_s + own_s)
+            elif not claim:
+                found.append(tenant.name)
+                until_s = min(until_s, self.next_claim_s([tenant], lane, now_s))
         return frozenset(found), until_s
 
     def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:

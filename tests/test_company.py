@@ -270,6 +270,19 @@ def test_who_has_deadlines_and_a_claim_does_not_wait_for_others_company():
     assert len(done) == 11
 
 
+def test_who_has_deadlines_and_no_claim_waits_only_until_it_has_one():
+    scheduler = strict()
+    for request in range(100):
+        submit(scheduler, request, "a", now_s=0.5, deadline_s=1e3)
+    while served(scheduler.decide(0.5)):
+        pass
+    submit(scheduler, 1001, "b", now_s=2.3)
+    claim_s = scheduler.decide(2.3).wait_until_s
+    assert 2.3 < claim_s < 2.8
+    assert not served(scheduler.decide(claim_s - 1e-3))
+    assert {name for name, _ in served(scheduler.decide(claim_s))} == {"a", "b"}
+
+
 def test_what_waited_for_company_until_its_deadline_is_near_is_not_given_up_then():
     scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_delay_s=0.5)
     scheduler.handle(Join("a"))

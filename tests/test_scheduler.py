@@ -50,33 +50,6 @@ def served(decision):
     return [(chunk.tenant, chunk.requests) for chunk in decision.batch.chunks]
 
 
-@pytest.mark.parametrize("host_s", [0.0, 0.3])
-def test_a_step_costs_what_keeps_device_or_host_busy_for_longer(host_s):
-    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
-    for name in "abc":
-        scheduler.handle(Join(name))
-    scheduler.handle(Install("all", (4,), dict.fromkeys("abc", (0,))))
-    scheduler.handle(Ready("all", Bucket((2,), 1), 0.1, host_s=host_s))
-    scheduler.handle(Ready("all", Bucket((4,), 1), 0.2, host_s=host_s))
-    for request, tenant in enumerate("abc"):
-        submit(scheduler, request, tenant)
-    batch = scheduler.decide(0.0).batch
-    # By the device alone two at a time are more a second than three.
-    assert len(batch.chunks) == (3 if host_s else 2)
-    assert batch.predicted_s == (0.2 if host_s else 0.1)
-
-
-def test_what_the_host_does_makes_no_request_late_before_its_time():
-    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
-    for name in "ab":
-        scheduler.handle(Join(name))
-    scheduler.handle(Install("all", (4,), dict.fromkeys("ab", (0,))))
-    scheduler.handle(Ready("all", Bucket((4,), 1), 0.001, 0.001, host_s=0.003))
-    submit(scheduler, 0, "a")
-    assert served(scheduler.decide(0.0)) == [("a", (0,))]
-    submit(scheduler, 1, "b", now_s=0.0015, deadline_s=0.002)  # the device is free
-
-
 def test_space_time_serves_every_tenant_in_one_step():
     scheduler = one_lane()
     for request, tenant in enumerate("abc"):
