@@ -43,7 +43,7 @@ MEASURES = ("sweep", "step", "isolation", "join", "loadgen")
 
 _SCALE = flags.DEFINE_enum("scale", "full", ["full", "small"], "Of the models.")
 _WORKLOAD = flags.DEFINE_string("workload", "minilm", "What all tenants run.")
-_NEWCOMER = flags.DEFINE_string("newcomer", None, "What who joins a full lane runs.")
+_NEWCOMER = flags.DEFINE_string("newcomer", None, "A full lane's newcomer's workload.")
 _TENANTS = flags.DEFINE_integer("tenants", None, "64 or, if small, 8.", lower_bound=2)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 on a GPU."
@@ -59,7 +59,7 @@ _SECONDS = flags.DEFINE_float(
     "seconds", None, "Of each load; a third is warm-up. 1.5 or, if small, 0.7."
 )
 _JOIN_SECONDS = flags.DEFINE_float(
-    "join_seconds", None, "That who joins it has; many times if not given."
+    "join_seconds", None, "That a full lane's newcomer has; many times if not given."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of the isolation cases.", lower_bound=1)
 _DEADLINE_MS = flags.DEFINE_float("deadline_ms", 20.0, "From the intended send time.")
@@ -70,9 +70,7 @@ _ROWS = flags.DEFINE_integer("rows", 1, "Of a request.", lower_bound=1)
 _SWITCH_MS = flags.DEFINE_float(
     "switch_ms", None, "The engines' switch_interval_s, in ms; their own if not given."
 )
-_MAX_QUEUE_DELAY_MS = flags.DEFINE_float(
-    "max_queue_delay_ms", 0.0, "The engines' max_queue_delay_s, in ms."
-)
+_DELAY_MS = flags.DEFINE_float("max_queue_delay_ms", 0.0, "Of the engines, in ms.")
 _STRICT_SHARES = flags.DEFINE_bool("strict_shares", False, "Of the engines.")
 _SEARCH_STEPS = flags.DEFINE_integer("search_steps", 7, "LoadGen runs per policy.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all streams.")
@@ -110,7 +108,7 @@ def serve(fleet: Fleet, policy: str, max_batch_size: int) -> Iterator[stfuse.Eng
         "max_batch_size": max_batch_size,
         "batch_sizes": sizes,
         "strict_shares": _STRICT_SHARES.value,
-        "max_queue_delay_s": _MAX_QUEUE_DELAY_MS.value / 1e3,
+        "max_queue_delay_s": _DELAY_MS.value / 1e3,
         "switch_interval_s": _SWITCH_MS.value and _SWITCH_MS.value / 1e3,
     }
     max_slots = max(64, len(fleet.jobs))
@@ -341,8 +339,8 @@ def check_flags(known: Mapping[str, Any]) -> None:
     """
     for flag in (_WORKLOAD, _NEWCOMER):
         if flag.value not in (*known, flag.default):
-            there = ", ".join(known)
-            raise app.UsageError(f"--{flag.name}: no {flag.value}; there are {there}")
+            there = f"there are {', '.join(known)}"
+            raise app.UsageError(f"--{flag.name}: no {flag.value}; {there}")
     if unknown := sorted({*_MEASURES.value} - {*MEASURES}):
         there = ", ".join(MEASURES)
         raise app.UsageError(f"--measure: no {unknown}; there are {there}")
@@ -376,8 +374,10 @@ def main(_: list[str]) -> None:
     answers, workload = Answers(), known[_WORKLOAD.value]
     everyone = fleets.make_fleet(workload, num + 1, _ROWS.value, jnp.dtype(dtype))
     fleet, newcomer = everyone.first(num), everyone.jobs[-1]
-    if _NEWCOMER.value:  # what it is asked are the others' requests
+    if _NEWCOMER.value not in (None, _WORKLOAD.value):
         (newcomer,), _ = workloads.make_jobs(known[_NEWCOMER.value], 1, dtype)
+    if newcomer.row != fleet.jobs[0].row:  # it is asked the others' requests
+        raise app.UsageError(f"--newcomer: {_NEWCOMER.value} takes other inputs")
     for policy in dict.fromkeys(_POLICIES.value):
         policies[policy] = measure_policy(policy, fleet, newcomer, answers)
         if _SAVE.value:  # what was measured stays if what follows fails

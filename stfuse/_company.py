@@ -1,8 +1,8 @@
 """Whether a step waits for company. No clock, no thread, no array, no JAX.
 
 It does while every request that it takes may wait, and while it would leave nobody
-waiting; those who ask for more than their share has left, and have no deadlines, do not
-count as long as they lose nothing of it: there is always more of theirs.
+waiting. Those who ask for more than is left of their share do not count, as long as
+they lose nothing of it and no deadline of theirs has a claim: there is always more.
 """
 
 from __future__ import annotations

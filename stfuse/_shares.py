@@ -119,16 +119,19 @@ class Shares:
         lane: LaneBuckets,
         now_s: float,
     ) -> tuple[frozenset[str], float]:
-        """Return who asks for more than its claim, and loses nothing by waiting.
+        """Return who asks for more than its claim and loses nothing yet by waiting.
 
-        That is who has no claim; or no deadlines, and not all of what it may claim. And
-        return until when: its claim grows so long, or, with deadlines, there is none.
+        Without deadlines that is so until its claim is as large as it can be, with
+        deadlines until it has one.
 
         Args:
             tenants: of one lane; each waits for a slot.
             claims: to slots, of each.
             lane: theirs.
             now_s: the time.
+
+        Returns:
+            Their names, and when the first of them would lose something.
         """
         found, until_s = [], math.inf
         for tenant in tenants:

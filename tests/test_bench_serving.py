@@ -378,8 +378,7 @@ def test_a_wrong_answer_ends_in_a_failure():
         "from absl import app; from examples import bench_serving, workloads; "
         "workloads.TOLERANCE['float32'] = -1; app.run(bench_serving.main)"
     )
-    asked = ("--measure=sweep", "--policy=time", "--loads=0.5")
-    result = run(code, *QUICK, *asked, how="-c")
+    result = run(code, *QUICK, "--measure=sweep", "--policy=time", how="-c")
     assert result.returncode == 1
     assert "an answer is not its model's own" in result.stderr
 
@@ -391,6 +390,7 @@ def test_a_wrong_answer_ends_in_a_failure():
         ("--measure=speed", "there are sweep"),
         ("--loads=1,many", "pass numbers above 0"),
         ("--loads=0", "pass numbers above 0"),
+        ("--newcomer=bert", "bert takes other inputs"),
         ("--rows=5", "at most --max_batch_size=4"),
     ],
 )
