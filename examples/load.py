@@ -217,25 +217,23 @@ class _Sender:
             future = self._submit(name, inputs[row], deadline_s=deadline_s)
         except REFUSALS:
             self.futures.append(None)
-            self._leave()
+            self.leave()
         else:
             self.futures.append(future)
             future.add_done_callback(functools.partial(self._stamp, i))
 
-    def skip(self, has_room: bool) -> None:
-        """Leave the next request out: too late for its deadline, or for its client."""
-        if has_room:
-            self._leave()
-        self.sent_s.append(float("nan"))
-        self.futures.append(None)
+    def skip(self, num: int) -> None:
+        """Leave out the next requests."""
+        self.sent_s += [float("nan")] * num
+        self.futures += [None] * num
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         if self._room is not None:
             self._room.release()
 
     def _stamp(self, i: int, future: Future[Any]) -> None:
         self.done_s[i] = self._clock()
-        self._leave()
+        self.leave()
         self.done.append(i)
         if i % self._keep_every and future.exception() is None:
             self.futures[i] = _SERVED
@@ -299,16 +297,20 @@ def replay(
             start_s = clock() + LEAD_S
         end_s = start_s + np.max(stream.due_s, initial=0.0)
         for due_s in (start_s + stream.due_s).tolist():
-            has_room = sender.has_room(end_s)
+            if not sender.has_room(end_s):
+                break
             now_s = clock()
             if now_s < due_s:
                 sleep(due_s - now_s)
                 now_s = clock()
             left_s = None if deadline_s is None else due_s + deadline_s - now_s
-            if has_room and (left_s is None or left_s > 0):
+            if left_s is None or left_s > 0:
                 sender.send(now_s, left_s)
             else:
-                sender.skip(has_room)
+                sender.skip(1)
+                sender.leave()
+        # At once: a loop would keep the interpreter from those who are still served.
+        sender.skip(len(stream.due_s) - len(sender.futures))
         outputs, done_s = sender.answers()
     sent_s = np.array(sender.sent_s) - start_s
     latency_s = done_s - start_s - stream.due_s

@@ -12,9 +12,9 @@ all at one common rate. Latency counts from when a request was due.
                   it runs a larger model several times for each answer
 
 Ways: time and space are a process per tenant; in turn and space-time are an engine of
-one process with policy ``"time"`` and ``"space-time"``; exclusive is one tenant alone.
-In all of them a client that asks for more than others has `IN_FLIGHT` requests
-outstanding at most, and what else is due waits in the client.
+one process with policy ``"time"`` and ``"space-time"``; exclusive is one tenant alone,
+its requests in batches. In all of them a client that asks for more than others has
+`IN_FLIGHT` requests outstanding at most, and what else is due waits in the client.
 """
 
 import contextlib
@@ -37,9 +37,11 @@ from examples.paper import Part
 from examples.paper_models import dtype_here, known
 
 WAYS = ("time", "space", "in turn", "space-time")
-COMPANY_S = {"space-time": 2e-3}  # fuller steps cost the host less a request
-POLICIES = {"in turn": "time", "space-time": "space-time", "exclusive": "exclusive"}
-MAX_BATCH_SIZE = 1  # of the engines: few steps to compile
+ENGINES: dict[str, dict[str, Any]] = {  # slots of one row: few steps to compile
+    "in turn": {"policy": "time"},
+    "space-time": {"max_queue_delay_s": 2e-3},  # full steps cost the host less
+    "exclusive": {"policy": "exclusive", "max_batch_size": 8},
+}
 LOADS = (0.5, 0.7, 0.9)
 # Times as long as capacity; else 2. Medians differ by chance: 16 tenants' by 2% here.
 LONG = {"load 0.7": 12}
@@ -82,13 +84,8 @@ class InEngine:
         most = int(goals.MOST_PER_S * seconds)
         asked = streams.in_turn(most, num, len(self._fleet.targets[0].inputs))
         before = self._engine.stats()
-        run = load.saturate(
-            self._engine,
-            self._fleet.targets,
-            asked,
-            seconds,
-            keep_every=goals.KEEP_EVERY,
-        )
+        targets, every = self._fleet.targets, goals.KEEP_EVERY
+        run = load.saturate(self._engine, targets, asked, seconds, keep_every=every)
         self._check(run)
         served = np.bincount(run.stream.tenants[run.is_answered], minlength=num)
         after = self._engine.stats()
@@ -222,7 +219,7 @@ def straggler(
     num = len(fleet.jobs)
     lanes: list[tuple[float, str | None]] = []
     ended = threading.Event()
-    options = {"max_slots": num + 1, "max_batch_size": MAX_BATCH_SIZE}
+    options = {"max_slots": num + 1, "max_batch_size": 1}
     with fleets.serve([*fleet.jobs, slow], **options) as engine:
         rate = goals.OWN_SHARE * capacity
         own = streams.make_stream(
@@ -286,9 +283,8 @@ def by_lane(run: load.Run, lanes: Sequence[tuple[float, str | None]]) -> dict[st
 def serving(part: Part, way: str, fleet: Fleet, model: str) -> Iterator[Way | None]:
     """Yield what serves the tenants in some way; None if that cannot be had here."""
     num = len(fleet.jobs)
-    if way in POLICIES:
-        options = {"policy": POLICIES[way], "max_batch_size": MAX_BATCH_SIZE}
-        options |= {"max_slots": num, "max_queue_delay_s": COMPANY_S.get(way, 0.0)}
+    if way in ENGINES:
+        options = {"max_slots": num, "max_batch_size": 1, **ENGINES[way]}
         with fleets.serve(fleet.jobs, strict_shares=True, **options) as engine:
             yield InEngine(engine, fleet)
         return

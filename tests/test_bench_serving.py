@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,18 +162,15 @@ def test_a_stream_has_one_shape_at_every_rate_and_the_burstiness_asked_for():
     assert shares.sum() == pytest.approx(1)
     assert shares.max() == pytest.approx(2 * np.sort(shares)[-2])
     assert np.allclose(streams.zipf(4, seed=3, exponent=0.0), 0.25)
-    slow, fast = (
-        streams.make_stream(rate, 20_000 / rate, shares, 7, seed=5, cv=3.0)
-        for rate in (10.0, 1000.0)
-    )
+    make = partial(streams.make_stream, shares=shares, num_inputs=7, seed=5)
+    slow, fast = [make(rate, 20_000 / rate, cv=3.0) for rate in (10.0, 1000.0)]
     np.testing.assert_allclose(slow.due_s, 100 * fast.due_s)
     assert np.array_equal(slow.tenants, fast.tenants)
     assert np.array_equal(slow.rows, fast.rows) and set(slow.rows) == set(range(7))
     counts = np.bincount(slow.tenants, minlength=10) / 20_000
     np.testing.assert_allclose(counts, shares, atol=0.02)
     for cv in (1.0, 3.0):
-        due_s = streams.make_stream(10.0, 2000.0, shares, 7, seed=5, cv=cv).due_s
-        gaps_s = np.diff(due_s, prepend=0.0)
+        gaps_s = np.diff(make(10.0, 2000.0, cv=cv).due_s, prepend=0.0)
         assert gaps_s.mean() == pytest.approx(0.1, rel=0.1)
         assert gaps_s.std() / gaps_s.mean() == pytest.approx(cv, rel=0.1)
 
@@ -220,20 +219,21 @@ class Slow:
 @pytest.mark.parametrize("answer_s", [0.002, 1.0])
 def test_a_client_has_no_more_outstanding_than_it_may(answer_s):
     stream = streams.Stream(np.arange(20) / 100, np.zeros(20, int), np.zeros(20, int))
-    engine = Slow(answer_s)
-    targets = [load.Target("a", [None])]
-    (run_,) = load.replay_all(engine, targets, [stream], None, 1, [2])
-    is_quick = answer_s < 0.1
-    assert engine.most <= 2
-    assert run_.is_answered.sum() == (20 if is_quick else 2)  # the others: too late
-    assert np.isnan(run_.sent_s).sum() == (0 if is_quick else 18)
+    engine, own = Slow(answer_s), load._Sender
+    wrapped = {"autospec": True, "side_effect": own.has_room}
+    with mock.patch.object(own, "has_room", **wrapped) as asked:
+        (run_,) = load.replay_all(engine, TARGETS, [stream], None, 1, [2])
+    num = 20 if answer_s < 0.1 else 2  # the others: too late
+    assert engine.most <= 2 and run_.is_answered.sum() == num
+    assert np.isnan(run_.sent_s).sum() == 20 - num
+    assert asked.call_count == min(num + 1, 20)  # others need the interpreter
     assert sum(run_.latency_s[run_.is_answered] < answer_s) == 0
 
 
 def test_a_client_that_skips_a_request_may_send_the_next():
     stream = streams.Stream(np.arange(9) / 1e6, np.zeros(9, int), np.zeros(9, int))
     late = {"sleep": lambda _: time.sleep(0.02), "in_flight": 1}
-    run_ = load.replay(Slow(0.0), [load.Target("a", [None])], stream, 0.01, **late)
+    run_ = load.replay(Slow(0.0), TARGETS, stream, 0.01, **late)
     assert not run_.is_answered.any() and np.isnan(run_.sent_s).all()
 
 
