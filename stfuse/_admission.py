@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import deque
 from dataclasses import dataclass, fields
+from itertools import islice
 
 from stfuse._buckets import LaneBuckets
 from stfuse._errors import ClosedError, DeadlineError, QueueFullError
@@ -20,6 +22,8 @@ from stfuse._types import Policy, Submit
 _CALL = "`stfuse.Engine.submit`"
 _KEPT = 0.8  # of the old average when a step is added to it
 _MOST_STEPS = 2  # in flight: what is running cannot take longer
+_MOST_GAP = 4.0  # times a step
+_LAST = 32  # steps that are looked at for what one takes at least
 _WHAT = (  # of what a bound is exceeded, in the order of `Bounds`
     "requests waiting, its max_queue_size",
     "rows waiting, its max_queue_rows",
@@ -60,36 +64,55 @@ class Bounds:
 
 
 class Pace:
-    """How fast steps have been going.
+    """How fast steps have been going, all lanes' together.
 
     Attributes:
-        step_s: average seconds of the last steps; 0 before the first.
-        slots: most slots of a step of the lane that ran last.
-        rows: most rows of a slot of it.
-        is_dense: whether a tenant has one slot of its largest step, not more.
-        full_slots: average slots of a full step that take as long as a step lately.
+        gap_s: average seconds from one step's start to the next one's.
     """
 
     def __init__(self) -> None:
         """Know nothing."""
-        self.step_s = self.full_slots = 0.0
-        self.slots = self.rows = 1
-        self.is_dense = True
-        self._free_s = 0.0
+        self._last_s: deque[float] = deque(maxlen=_LAST)
+        self.gap_s = self._most_s = self._free_s = 0.0
+        self._started_s = -math.inf
+
+    @property
+    def least_s(self) -> float:
+        """Return what the shortest of the last steps took, seconds; 0 before any."""
+        return min(self._last_s, default=0.0)
 
     def start(
-        self, now_s: float, step_s: float, lane: LaneBuckets, full_slots: float
+        self,
+        now_s: float,
+        step_s: float,
+        lane: LaneBuckets,
+        full_slots: float,
+        was_awaited: bool,
     ) -> None:
-        """Take note of a step of a lane that is started."""
-        kept = _KEPT if self.step_s else 0.0
-        self.full_slots = kept * self.full_slots + (1 - kept) * full_slots
-        self.step_s = kept * self.step_s + (1 - kept) * step_s
-        self.slots, self.rows, self.is_dense = lane.slots, lane.rows, lane.is_dense
+        """Take note of a step of a lane that is started.
+
+        Args:
+            now_s: when.
+            step_s: what it is predicted to take.
+            lane: whose it is.
+            full_slots: slots of a full step that take as long.
+            was_awaited: whether the step before left anybody waiting.
+        """
+        kept = _KEPT if lane.step_s else 0.0
+        lane.full_slots = kept * lane.full_slots + (1 - kept) * full_slots
+        lane.step_s = kept * lane.step_s + (1 - kept) * step_s
+        gap_s = step_s
+        if was_awaited:  # what the host takes longer for counts, idling does not
+            gap_s = min(max(now_s - self._started_s, 0.0), _MOST_GAP * step_s)
+        kept = _KEPT if self.gap_s else 0.0
+        self.gap_s, self._started_s = kept * self.gap_s + (1 - kept) * gap_s, now_s
+        self._last_s.append(step_s)
+        self._most_s = sum(islice(reversed(self._last_s), _MOST_STEPS))
         self._free_s = max(self._free_s, now_s) + step_s
 
     def busy_s(self, now_s: float) -> float:
         """Return how long the device will be busy with what was started."""
-        return min(max(self._free_s - now_s, 0.0), _MOST_STEPS * self.step_s)
+        return min(max(self._free_s - now_s, 0.0), self._most_s)
 
 
 class Admission:
@@ -113,6 +136,7 @@ class Admission:
         tenant: Tenant | None,
         queues: Queues,
         shares: Shares | None,
+        lane: LaneBuckets | None,
     ) -> Tenant:
         """Return whose request it is, if it is taken.
 
@@ -121,6 +145,7 @@ class Admission:
             tenant: whose it is; None if that is unknown.
             queues: what waits.
             shares: where they are strict, who is beyond its own.
+            lane: whose steps serve it; None while none does.
 
         Raises:
             ClosedError: its tenant is unknown or leaving.
@@ -140,9 +165,9 @@ class Admission:
                 jobs=(event.tenant,),
             )
         if not self._has_room(event, tenant, queues):
-            raise self._full(event, tenant, queues)
-        if event.deadline_s is not None and self.pace.step_s:
-            wait_s = self._wait_s(event, tenant, queues, shares)
+            raise self._full(event, tenant, queues, lane)
+        if event.deadline_s is not None:
+            wait_s = self._wait_s(event, tenant, queues, shares, lane)
             if event.now_s + wait_s > event.deadline_s:
                 raise DeadlineError(
                     f"{_CALL}: job '{event.tenant}': found a deadline in "
@@ -162,13 +187,16 @@ class Admission:
             and queues.num_bytes + event.num_bytes <= all_bytes
         )
 
-    def _full(self, event: Submit, tenant: Tenant, queues: Queues) -> QueueFullError:
+    def _full(
+        self, event: Submit, tenant: Tenant, queues: Queues, lane: LaneBuckets | None
+    ) -> QueueFullError:
         rows, num_bytes = event.rows, event.num_bytes
         own = len(tenant.queue), tenant.rows, tenant.num_bytes
         has = *own, queues.rows, queues.num_bytes
         needs = map(operator.add, has, (1, rows, num_bytes, rows, num_bytes))
         which = [*map(operator.le, needs, self._most)].index(False)
-        after_s = self._room_after_s(event, queues)
+        num, _ = queues.num_beside(tenant, 0.0)
+        after_s = self._room_after_s(event.now_s, num + 1, lane)
         wait = f" in {after_s:.3g} s" if after_s else ""
         return QueueFullError(
             f"{_CALL}: job '{event.tenant}' has {has[which]} {_WHAT[which]} is "
@@ -177,47 +205,71 @@ class Admission:
             retry_after_s=after_s,
         )
 
-    def _room_after_s(self, event: Submit, queues: Queues) -> float | None:
-        """Return when a request of this tenant will have left its queue."""
-        if not self.pace.step_s:
+    def _room_after_s(
+        self, now_s: float, num_tenants: int, lane: LaneBuckets | None
+    ) -> float | None:
+        """Return when a request of one of so many will have left its queue."""
+        if lane is None or not lane.step_s:
             return None
-        turns = -(-len(queues.waiting) // self.pace.slots)
-        return self.pace.busy_s(event.now_s) + turns * self.pace.step_s
+        turns = -(-num_tenants // lane.slots)
+        return self.pace.busy_s(now_s) + turns * lane.step_s
 
     def _wait_s(
-        self, event: Submit, tenant: Tenant, queues: Queues, shares: Shares | None
+        self,
+        event: Submit,
+        tenant: Tenant,
+        queues: Queues,
+        shares: Shares | None,
+        lane: LaneBuckets | None,
     ) -> float:
         """Return for how long a request will at least wait.
 
         Others count with one slot each, whatever they have waiting: that is what a step
-        gives them before this tenant has its own.
+        gives them before this tenant has its own. Only those of its lane do, and none
+        where shares are strict: who has no claim comes later, whatever its deadline.
         """
-        pace, num_others = self.pace, len(queues.waiting) - bool(tenant.queue)
-        slots = pace.slots if self._policy is Policy.SPACE_TIME else 1
-        before = queues.num_before(event.deadline_s or 0.0)
-        if not tenant.queue:  # most often: nothing of its own is in the way
-            turns = 0 if self._policy is Policy.TIME else before // slots
-            return pace.busy_s(event.now_s) + turns * pace.step_s
-        own = _own_before(tenant, event.deadline_s)
+        pace, now_s, deadline_s = self.pace, event.now_s, event.deadline_s or 0.0
+        busy_s = pace.busy_s(now_s)
         if self._policy is Policy.TIME:
-            turns = own[0] * (num_others + 1)
+            num_others, _ = queues.num_beside(tenant, deadline_s)
+            own = _own_before(tenant, deadline_s)
+            return busy_s + own[0] * (num_others + 1) * pace.least_s
+        if self._policy is Policy.EXCLUSIVE:
+            own, before = self._before(tenant, deadline_s, queues)
+            turns = own // lane.rows if lane is not None and lane.rows else 0
+            return busy_s + (turns + before) * pace.least_s
+        if lane is None or not lane.step_s:  # what its steps take is not known
+            return busy_s
+        if shares is None:
+            own, before = self._before(tenant, deadline_s, queues)
+            turns = before // lane.slots
+        elif not tenant.queue:  # most often: nothing of its own is in the way
+            return busy_s
         else:
-            spare = 1 if pace.is_dense else max(slots - num_others, 1)
-            before = max(before - bool(own[0]), 0)
-            turns = own[1] // (pace.rows * spare) + before // slots
-            if shares is not None:
-                name, own_slots = tenant.name, own[1] // pace.rows
-                now_s = event.now_s
-                steps = shares.steps_until(name, own_slots, pace.full_slots, now_s)
-                turns = max(turns, steps)
-        return pace.busy_s(event.now_s) + turns * pace.step_s
+            (_, own), turns = _own_before(tenant, deadline_s), 0
+        spare = 1
+        if own and not lane.is_dense:
+            num_others, _ = queues.num_beside(tenant, deadline_s)
+            spare = max(lane.slots - num_others, 1)
+        wait_s = (turns + own // (lane.rows * spare)) * lane.step_s
+        if shares is not None:
+            slots = own // lane.rows
+            steps = shares.steps_until(tenant.name, slots, lane.full_slots, now_s)
+            wait_s = max(wait_s, steps * pace.gap_s)
+        return busy_s + wait_s
+
+    def _before(
+        self, tenant: Tenant, deadline_s: float, queues: Queues
+    ) -> tuple[int, int]:
+        """Return a tenant's own rows before a deadline, and how many others'."""
+        _, before = queues.num_beside(tenant, deadline_s)
+        num, rows = _own_before(tenant, deadline_s)
+        return rows, max(before - bool(num), 0)
 
 
-def _own_before(tenant: Tenant, deadline_s: float | None) -> tuple[int, int]:
+def _own_before(tenant: Tenant, deadline_s: float) -> tuple[int, int]:
     """Return how many requests and rows of a tenant run before one with a deadline."""
-    if deadline_s is None or not tenant.queue:
-        return len(tenant.queue), tenant.rows
-    if tenant.queue[-1].deadline_s <= deadline_s:
+    if not tenant.queue or tenant.queue[-1].deadline_s <= deadline_s:
         return len(tenant.queue), tenant.rows
     rows = [entry.rows for entry in tenant.queue if entry.deadline_s <= deadline_s]
     return len(rows), sum(rows)

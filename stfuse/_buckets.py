@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,6 +45,9 @@ class LaneBuckets:
         is_dense: whether a tenant has one slot at most in the largest step.
         open_slots: most slots of a step in which it may have several; 0 for none.
         sizes: slots of each bucket, in the order of ``ready``.
+        most: slots of each species in the bucket that has most of it.
+        step_s: average seconds of the last steps; 0 before the first.
+        full_slots: average slots of a full step that take as long as a step lately.
     """
 
     capacities: tuple[int, ...]
@@ -54,6 +58,9 @@ class LaneBuckets:
     is_dense: bool = True
     open_slots: int = 0
     sizes: dict[Bucket, int] = field(default_factory=dict)
+    most: list[int] = field(default_factory=list)
+    step_s: float = 0.0
+    full_slots: float = 0.0
     _least_s: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def predict(self, bucket: Bucket, times: Times) -> bool:
@@ -69,6 +76,9 @@ class LaneBuckets:
         self.ready = dict(sorted(self.ready.items(), key=lambda item: item[0].rows))
         self.rows = next(reversed(self.ready)).rows
         self.sizes = {bucket: sum(bucket.slots) for bucket in self.ready}
+        self.most = [
+            *map(max, zip(*[bucket.slots for bucket in self.ready], strict=True))
+        ]
         largest = max(self.ready, key=lambda each: (self.sizes[each], each.is_open))
         self.slots = self.sizes[largest]
         self.is_dense = self._is_dense(largest)
@@ -88,9 +98,9 @@ class LaneBuckets:
         return num_programs * (1 + max(self.open_slots - num_alike, 0))
 
     def room(self, bucket: Bucket, num_taken: int) -> int:
-        """Return how many slots more those in a step may have of one that pays.
+        """Return how many slots more those in a step may have, and none be left out.
 
-        A larger step does if it serves more a second when it is full.
+        So many find a place in the best step for them, as measured.
 
         Args:
             bucket: the best for those in it.
@@ -109,7 +119,7 @@ class LaneBuckets:
         for num, next_s in sorted(larger):
             if num == size:  # a slower one of as many
                 continue
-            if num / next_s < size / cost_s:
+            if (size + 1) / next_s < size / cost_s:
                 break
             size, cost_s = num, next_s
         return size - num_taken
@@ -144,35 +154,108 @@ class LaneBuckets:
 
 
 def fill(
-    lane: LaneBuckets, bucket: Bucket, chunks: Sequence[Sequence[Chunk]]
+    lane: LaneBuckets,
+    bucket: Bucket,
+    chunks: Sequence[Sequence[Chunk]],
+    claims: Mapping[str, int] | None = None,
 ) -> list[Chunk]:
     """Return what a bucket would serve: a slot for each tenant, then seconds.
 
     Where a bank runs as a whole, a tenant has its own slot only.
+
+    Args:
+        lane: of the bucket.
+        bucket: which shape.
+        chunks: what each tenant would have in it, in order.
+        claims: slots of each that count: these come first; None for all.
     """
+    firsts, others = _turns(chunks, claims)
     left = list(bucket.slots)
     picked: list[Chunk] = []
-    for own in chunks:
-        if own:
-            species = own[0].species
-            if left[species]:
-                left[species] -= 1
-                picked.append(own[0])
-    num_left = sum(left)
+    for chunk in firsts:
+        if left[chunk.species]:
+            left[chunk.species] -= 1
+            picked.append(chunk)
+    if not others or not any(left):
+        return picked
     held = {(chunk.tenant, chunk.species) for chunk in picked}
     pairs = zip(bucket.slots, lane.capacities, strict=True)
     is_dense = [num == most and not bucket.is_open for num, most in pairs]
-    for own in chunks:
-        if not num_left:
-            break
-        for chunk in own[1:]:
-            species, who = chunk.species, (chunk.tenant, chunk.species)
-            if left[species] and not (is_dense[species] and who in held):
-                left[species] -= 1
-                num_left -= 1
-                picked.append(chunk)
-                held.add(who)
+    for chunk in others:
+        species, who = chunk.species, (chunk.tenant, chunk.species)
+        if left[species] and not (is_dense[species] and who in held):
+            left[species] -= 1
+            picked.append(chunk)
+            held.add(who)
     return picked
+
+
+def _turns(
+    chunks: Sequence[Sequence[Chunk]], claims: Mapping[str, int] | None
+) -> tuple[list[Chunk], list[Chunk]]:
+    """Return the first slots of those who have a claim, then all others in order."""
+    if claims is None:
+        firsts = [own[0] for own in chunks if own]
+        return firsts, [chunk for own in chunks for chunk in own[1:]]
+    firsts, claimed, beyond, last = [], [], [], []
+    for own in chunks:
+        num = claims[own[0].tenant] if own else 0
+        firsts += own[: min(num, 1)]
+        claimed += own[1:num]
+        beyond += own[num : num + 1]
+        last += own[num + 1 :]
+    return firsts, [*claimed, *beyond, *last]
+
+
+def dues(
+    lane: LaneBuckets,
+    mates: Sequence[Tenant],
+    least_s: float,
+    is_ahead: Callable[[Tenant], bool],
+) -> dict[str, int] | None:
+    """Return how many slots of a full step each is due, None if all weigh the same.
+
+    The first in order has one; each that is left goes to whoever had least service for
+    its weight by then (fair queueing by start times, Goyal et al. 1996). Who has a
+    deadline and is not beyond its share comes before the others.
+
+    Args:
+        lane: theirs.
+        mates: who may be in the step, in order.
+        least_s: the service of whoever had less.
+        is_ahead: whether one had so much that its deadlines do not count.
+    """
+    if len({tenant.weight for tenant in mates}) == 1:
+        return None
+    found, heap = dict.fromkeys([tenant.name for tenant in mates], 0), []
+    left = list(lane.most)
+    for i, tenant in enumerate(mates):
+        deadline_s, _, rows, _, length, _ = tenant.queue[0]
+        slot_s = lane.slot_s(tenant.species[length], rows) / tenant.weight
+        had_s = max(tenant.service_s, least_s)
+        if deadline_s < math.inf and not is_ahead(tenant):
+            had_s = least_s
+        if i == 0:
+            found[tenant.name], had_s = 1, had_s + slot_s
+            left[tenant.species[length]] -= 1
+        if slot_s < math.inf:
+            heap.append((had_s, i, slot_s))
+    heapq.heapify(heap)
+    num_left = lane.slots - 1
+    while heap and num_left > 0:
+        had_s, i, slot_s = heap[0]
+        tenant = mates[i]
+        species = tenant.species[tenant.queue[0].length]
+        most = lane.most_slots(len(tenant.species), 1)
+        if found[tenant.name] >= min(-(-tenant.rows // lane.rows), most):
+            heapq.heappop(heap)
+        elif left[species] <= 0:
+            heapq.heappop(heap)
+        else:
+            found[tenant.name] += 1
+            left[species], num_left = left[species] - 1, num_left - 1
+            heapq.heapreplace(heap, (had_s + slot_s, i, slot_s))
+    return found
 
 
 def best(
@@ -183,6 +266,7 @@ def best(
     is_one: bool,
     any_time: bool,
     claims: Mapping[str, int] | None = None,
+    spare: int = BEYOND,
     longest_s: float = math.inf,
 ) -> tuple[Bucket, list[Chunk]] | None:
     """Return the bucket of most rows a second that serves the first tenant.
@@ -194,12 +278,13 @@ def best(
         is_one: whether a step has one request.
         any_time: whether it counts alike that the first is answered in time, or not.
         claims: how many slots of each tenant count; None for all.
+        spare: slots that each may have beyond those, where they are left free.
         longest_s: what it may take, if any takes no longer.
     """
     first = mates[0]
     head_s, _, least, _, length, _ = first.queue[0]
     own_species = first.species[length]
-    limits = _limits(lane, mates, claims)
+    limits = _limits(lane, mates, claims, spare)
     cut: list[list[Chunk]] = []
     is_whole = False  # every queue fits in one slot: more rows would change nothing
     has_several = False  # slots for some tenant: what an open step is for
@@ -230,7 +315,7 @@ def best(
     for is_in_time, rate, bucket, times, own in found:
         if (is_in_time, rate) <= best_score:
             break  # nor can any that follows
-        chunks = fill(lane, bucket, own)
+        chunks = fill(lane, bucket, own, claims)
         score = (is_in_time, _rows(chunks, claims) / times.cost_s)
         serves_first = chunks and chunks[0].tenant == first.name
         if serves_first and score > best_score:
@@ -239,16 +324,21 @@ def best(
 
 
 def _limits(
-    lane: LaneBuckets, mates: Sequence[Tenant], claims: Mapping[str, int] | None
+    lane: LaneBuckets,
+    mates: Sequence[Tenant],
+    claims: Mapping[str, int] | None,
+    spare: int,
 ) -> list[int]:
     """Return the most slots that each tenant can get, if it waits for several."""
     if max([len(tenant.queue) for tenant in mates]) == 1:
         return [1] * len(mates)
-    alike = Counter([t.species for t in mates])  # who compete for the same slots
-    slots = {of: lane.most_slots(len(of), n) for of, n in alike.items()}
+    # Who compete for the same slots: where only claims count, those who have one.
+    alike = Counter([t.species for t in mates if not claims or claims[t.name]])
+    species = {tenant.species for tenant in mates}
+    slots = {of: lane.most_slots(len(of), max(alike[of], 1)) for of in species}
     if claims is None:
         return [slots[t.species] for t in mates]
-    return [min(slots[t.species], claims[t.name] + BEYOND) for t in mates]
+    return [min(slots[t.species], claims[t.name] + spare) for t in mates]
 
 
 def _chunks(tenant: Tenant, max_rows: int, limit: int, is_one: bool) -> list[Chunk]:

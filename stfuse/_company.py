@@ -32,7 +32,7 @@ class Company:
         self._lane: str | None = None
         self._served: Collection[str] = ()
         self._patient: Collection[str] = ()
-        self._claims: Mapping[str, int] | None = None
+        self._claims: Mapping[str, int] = {}
         self._enough = self._full = self._rows = 0
         self._until_s = math.inf
 
@@ -51,7 +51,7 @@ class Company:
             mates: who may be in it.
             chunks: what it would take.
             patient: who does not count.
-            num_queued: requests that wait, everybody's.
+            num_queued: requests that wait, everybody's who is not parked.
             p99_s: what such steps take at most.
             now_s: the time.
         """
@@ -62,6 +62,8 @@ class Company:
         for tenant in mates:
             queue, own = tenant.queue, taken.get(tenant.name, 0)
             num += len(queue)
+            if own and tenant.is_leaving:  # somebody waits for it to be gone
+                return now_s
             if own:  # the first of them is the most urgent
                 ends_s.append(queue[0].deadline_s - p99_s)
             if tenant.name not in patient:
@@ -78,7 +80,7 @@ class Company:
         lane: str | None,
         step: tuple[Bucket, Sequence[Chunk]],
         patient: Collection[str],
-        claims: Mapping[str, int] | None,
+        claims: Mapping[str, int],
         enough: tuple[int, int],
         until_s: float,
     ) -> None:
@@ -88,7 +90,7 @@ class Company:
             lane: whose step waits; others' requests are not in it.
             step: that step as it would be now.
             patient: who does not count.
-            claims: to slots; None to any.
+            claims: to slots, of each; empty if all count.
             enough: requests that wait when it does not go on: as many as fill the
                 largest step; more than so many, the last somebody's second one.
             until_s: a request with a deadline before that ends it too.
@@ -105,11 +107,13 @@ class Company:
         Args:
             tenant: whose it is.
             event: the request.
-            num_queued: requests that wait now.
+            num_queued: requests that wait now, of those who are not parked.
         """
         deadline_s = event.deadline_s
         if deadline_s is not None and deadline_s < self._until_s:
             return True
+        if tenant.is_parked:  # nothing that is ready could serve it
+            return False
         if tenant.lane != self._lane or num_queued >= self._enough:
             return True
         is_second = tenant.name in self._served or len(tenant.queue) > 1
@@ -117,6 +121,6 @@ class Company:
             return False
         if num_queued > self._full or event.rows > self._rows:
             return True
-        if self._claims is None:
+        if not self._claims:
             return False
         return len(tenant.queue) > self._claims.get(tenant.name, 0) + BEYOND

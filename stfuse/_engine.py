@@ -191,6 +191,7 @@ class Engine:
             if not tenant.is_leaving:
                 tenant.is_leaving = True
                 self._server.scheduler.handle(Leave(name))
+                self._server.wake()  # what it has waiting waits for nobody any more
             is_idle = not tenant.outstanding
         if is_idle:
             self._server.members.depart(tenant)

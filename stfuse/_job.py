@@ -224,8 +224,9 @@ def _check_options(job: Job) -> None:
     if not callable(job.apply_fn):
         found = type(job.apply_fn).__name__
         raise _unusable(job, f"apply_fn is a {found}; pass a function (params, inputs)")
-    if not _is_positive(job.weight):
-        raise _unusable(job, f"weight is {job.weight!r}; pass a positive number")
+    if not (_is_positive(job.weight) and 1e-9 <= job.weight <= 1e9):
+        what = "a positive number, from 1e-9 to 1e9"
+        raise _unusable(job, f"weight is {job.weight!r}; pass {what}")
     if not isinstance(job.pinned, bool):
         raise _unusable(job, f"pinned is {job.pinned!r}; pass True or False")
     if job.slo_s is not None and not _is_positive(job.slo_s):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from stfuse._types import Policy, Submit
+from stfuse._waiting import Entry, Lines, Tenant
 
 # Of a step: who had no more than that beyond others is level with them. Less than what
 # one tenant alone has of a step, or a flood would come before whoever comes after it.
@@ -24,66 +24,8 @@ _LEVEL = 0.5
 # order (0.6 % at 0.9 of the capacity, 20 tenants, half of them within 20 steps; so it
 # is 0.02 %).
 _AHEAD, _BURST = 1, 12
+_HEAVY = 1.01  # times the mean weight of all who wait
 _ROUNDS = 2  # of all who wait: who was passed over for longer comes first
-
-
-class Entry(NamedTuple):
-    """A queued request; a queue is sorted by these.
-
-    Attributes:
-        deadline_s: when it must have started; infinite for whenever.
-        request: its number.
-        rows: how many it has.
-        arrival_s: when it came.
-        length: which of its tenant's programs it is for.
-        num_bytes: of its inputs.
-    """
-
-    deadline_s: float
-    request: int
-    rows: int
-    arrival_s: float
-    length: int = 0
-    num_bytes: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Tenant:
-    """A tenant and what it has waiting.
-
-    Attributes:
-        name: its name.
-        weight: of its share.
-        lane: who serves it; None while nobody does.
-        species: by length, its program's place in the lane.
-        is_leaving: whether it takes no more requests.
-        queue: its requests, first to run first.
-        rows: of all of them.
-        num_bytes: of all of them.
-        service_s: device seconds it got so far, over its weight.
-        level_s: what most had when it began to wait, or was served last.
-        since: after how many steps that was.
-        began_s: what it had when it last began to wait and others had as much.
-        turn: the step that served it last.
-        is_parked: whether nothing that is ready could serve it.
-        stamp: of its newest entry in a heap; 0 if it has none.
-    """
-
-    name: str
-    weight: float
-    lane: str | None = None
-    species: tuple[int, ...] = (0,)
-    is_leaving: bool = False
-    queue: list[Entry] = field(default_factory=list)
-    rows: int = 0
-    num_bytes: int = 0
-    service_s: float = 0.0
-    level_s: float = 0.0
-    since: int = 0
-    began_s: float = 0.0
-    turn: int = 0
-    is_parked: bool = False
-    stamp: int = 0
 
 
 class Queues:
@@ -100,16 +42,18 @@ class Queues:
         """Start with nobody waiting."""
         self._on_empty = on_empty
         self._is_round_robin = policy is Policy.TIME
+        self._has_lanes = policy is Policy.SPACE_TIME  # else each tenant is its own
         self.waiting: dict[str, Tenant] = {}
         self._since: dict[str, Tenant] = {}  # not parked, longest passed over first
-        self._weight = self._most_weight = 0.0  # of all of them, of any so far
+        self._weight, self._weights = 0.0, list[float]()  # of all of them; sorted
         self.rows = self.num_bytes = 0
         self._owner: dict[int, Tenant] = {}
         self._urgent: list[Any] = []
         self._patient: list[Any] = []
         self._expiring: list[Any] = []
-        self._heads: list[float] = []  # finite deadlines of first requests, sorted
+        self._lines = Lines()
         self._parked: dict[str | None, dict[str, Tenant]] = {}
+        self._num_parked = 0  # requests
         self._num_stamps = 0
         self.num_steps = self.num_slots = 0  # so far, and of the last step
         self._step_s = 0.0  # of the last step
@@ -123,9 +67,47 @@ class Queues:
         """Return whose a waiting request is."""
         return self._owner.get(request)
 
-    def num_before(self, deadline_s: float) -> int:
-        """Return how many tenants have a request of an earlier or equal deadline."""
-        return bisect.bisect_right(self._heads, deadline_s)
+    @property
+    def num_ready(self) -> int:
+        """Return how many requests wait whose tenants are not parked."""
+        return len(self._owner) - self._num_parked
+
+    @property
+    def num_tenants(self) -> int:
+        """Return how many tenants wait and are not parked."""
+        return len(self._since)
+
+    def num_beside(self, tenant: Tenant, deadline_s: float) -> tuple[int, int]:
+        """Return who else waits for steps that serve a tenant, and is not parked.
+
+        Returns:
+            How many, and how many with a request of no later a deadline (with its own).
+        """
+        num, before = self._lines.count(self._of(tenant), deadline_s)
+        return num - (tenant.name in self._since), before
+
+    def are_left(self, mates: Sequence[Tenant], claims: Mapping[str, int]) -> bool:
+        """Return whether anybody waits who may be served, now that a step is taken.
+
+        Args:
+            mates: who could have been in it.
+            claims: to slots, of each; empty if all count.
+        """
+        if not claims or any([t.queue and claims[t.name] for t in mates]):
+            return len(self._since) > 0
+        num = sum([1 for tenant in mates if tenant.queue])
+        if self._has_lanes:  # those further down have no claim either, most likely
+            num, _ = self._lines.count(mates[0].lane, 0.0)
+        return len(self._since) > num
+
+    def move(self, tenant: Tenant, lane: str | None) -> None:
+        """Have a tenant wait for another lane's steps."""
+        is_waiting, head_s = tenant.name in self._since, self._head_s(tenant)
+        if is_waiting:
+            self._lines.leave(self._of(tenant), head_s)
+        tenant.lane = lane
+        if is_waiting:
+            self._lines.enter(self._of(tenant), head_s)
 
     def add(self, tenant: Tenant, event: Submit) -> None:
         """Queue a request."""
@@ -149,11 +131,14 @@ class Queues:
         bisect.insort(queue, entry)
         if queue[0] is entry:
             self._moved(tenant, before)
-            self.place(tenant)
+            if tenant.is_parked:
+                self._unpark(tenant)
+            else:
+                self.place(tenant)
 
     def drop(self, tenant: Tenant, requests: Sequence[int]) -> None:
         """Take requests off a queue."""
-        queue, before = tenant.queue, self._head_s(tenant)
+        queue, before, head = tenant.queue, self._head_s(tenant), tenant.queue[0]
         first = queue[: len(requests)]
         if len(first) == 1 and first[0].request == requests[0]:
             del queue[0]
@@ -168,7 +153,9 @@ class Queues:
             self._count(tenant, -entry.rows, -entry.num_bytes)
         self._moved(tenant, before)
         if tenant.queue:
-            if tenant.stamp:  # else whoever took it out of its heap places it again
+            if tenant.is_parked and tenant.queue[0] is not head:
+                self._unpark(tenant)
+            elif tenant.stamp:  # else whoever took it out of its heap places it again
                 self.place(tenant)
         else:
             self.waiting.pop(tenant.name, None)
@@ -194,8 +181,12 @@ class Queues:
             level_s = min(level_s, longest.service_s)
             break
         self._virtual_s = max(self._virtual_s, level_s)
+        is_unlike = len({tenant.weight for tenant in tenants}) > 1
         for tenant, cost_s in zip(tenants, costs_s, strict=True):
-            tenant.service_s += cost_s / tenant.weight
+            tenant.service_s += (own_s := cost_s / tenant.weight)
+            if is_unlike:  # who had what nobody else wanted does not owe it for ever
+                most_s = max(_BURST * self._unit_s(), 2 * own_s)
+                tenant.service_s = min(tenant.service_s, self._virtual_s + most_s)
             tenant.level_s, tenant.since = self._virtual_s, self.num_steps
             if self._since.pop(tenant.name, None):
                 self._since[tenant.name] = tenant
@@ -213,8 +204,10 @@ class Queues:
             # Who is level with others comes as it came, or was served: by service alone
             # whoever asks for a little more than most would be last until all had their
             # turn. That others were served since is no reason to come after them again.
-            beyond_s = tenant.service_s - _LEVEL * self._unit_s()
-            key = max(beyond_s, tenant.level_s), tenant.since, request
+            band_s, own_s = _LEVEL * self._unit_s(), tenant.level_s
+            if tenant.weight * len(self._since) > _HEAVY * self._weight:
+                own_s = min(own_s, tenant.service_s + band_s)  # it may well be behind
+            key = max(tenant.service_s - band_s, own_s), tenant.since, request
             heap = self._patient
         else:
             key, heap = (deadline_s, tenant.service_s, request), self._urgent
@@ -241,6 +234,14 @@ class Queues:
             most_s = _AHEAD * unit_s
         return tenant.service_s > least_s + most_s
 
+    @property
+    def least_s(self) -> float:
+        """Return the service that counts as least: more than so far behind nobody is.
+
+        Who cannot have its share for long, for its lane has no room, saves up no more.
+        """
+        return self._virtual_s - _BURST * self._unit_s()
+
     def _unit_s(self) -> float:
         """Return the service that a step is to a tenant of the mean weight."""
         if self._weight <= 0.0:  # nobody, or what rounding left of unlike weights
@@ -250,28 +251,46 @@ class Queues:
     def _await(self, tenant: Tenant) -> None:
         self._since[tenant.name] = tenant
         self._weight += tenant.weight
-        self._most_weight = max(self._most_weight, tenant.weight)
+        bisect.insort(self._weights, tenant.weight)
+        self._lines.enter(self._of(tenant), self._head_s(tenant))
 
     def _unawait(self, tenant: Tenant) -> None:
         if self._since.pop(tenant.name, None):
+            self._lines.leave(self._of(tenant), self._head_s(tenant))
             self._weight -= tenant.weight
+            del self._weights[bisect.bisect_left(self._weights, tenant.weight)]
             if self._weight < 1e-6 * tenant.weight:  # the others' would be rounding
                 self._weight = math.fsum(each.weight for each in self._since.values())
+
+    def _of(self, tenant: Tenant) -> str | None:
+        """Return whose steps a tenant waits for; None for anybody's, one by one."""
+        return tenant.lane if self._has_lanes else None
 
     def park(self, tenant: Tenant) -> None:
         """Set a tenant aside until its lane has something new for it."""
         tenant.is_parked = True
+        self._num_parked += len(tenant.queue)
         self._unawait(tenant)
         self._parked.setdefault(tenant.lane, {})[tenant.name] = tenant
 
     def unpark(self, lane: str | None) -> None:
         """Let the tenants of a lane (or of none) try again."""
         for tenant in self._parked.pop(lane, {}).values():
-            tenant.is_parked = False
-            if tenant.queue:
-                tenant.since = self.num_steps  # nothing could serve it until now
-                self._await(tenant)
-                self.place(tenant)
+            self._retry(tenant)
+
+    def _retry(self, tenant: Tenant) -> None:
+        """Have a tenant that was parked wait like all others."""
+        tenant.is_parked = False
+        self._num_parked -= len(tenant.queue)
+        tenant.since = self.num_steps  # nothing could serve it until now
+        self._await(tenant)
+        self.place(tenant)
+
+    def _unpark(self, tenant: Tenant) -> None:
+        """Let one try again: another request of it comes first now."""
+        for parked in self._parked.values():
+            parked.pop(tenant.name, None)
+        self._retry(tenant)
 
     def in_order(self, *, is_patient_first: bool) -> Iterator[Tenant]:
         """Take tenants out of the heaps in order; whoever stays has to be placed.
@@ -321,7 +340,7 @@ class Queues:
             passed = (self.num_steps - tenant.since) * self.num_slots
             if passed * tenant.weight > _ROUNDS * self._weight:
                 return tenant
-            if passed * self._most_weight <= _ROUNDS * self._weight:
+            if passed * self._weights[-1] <= _ROUNDS * self._weight:
                 return None  # whoever weighs more waits for less long
         return None
 
@@ -344,6 +363,8 @@ class Queues:
         tenant.num_bytes += num_bytes
         self.rows += rows
         self.num_bytes += num_bytes
+        if tenant.is_parked:
+            self._num_parked += 1 if rows > 0 else -1
 
     def _head_s(self, tenant: Tenant) -> float:
         return tenant.queue[0].deadline_s if tenant.queue else math.inf
@@ -353,10 +374,9 @@ class Queues:
         after_s = self._head_s(tenant)
         if before_s == after_s:
             return
-        if before_s < math.inf:
-            del self._heads[bisect.bisect_left(self._heads, before_s)]
+        if tenant.name in self._since:
+            self._lines.change(self._of(tenant), before_s, after_s)
         if after_s < math.inf:
-            bisect.insort(self._heads, after_s)
             self._num_stamps += 1
             heap = self._expiring
             heapq.heappush(heap, (after_s, self._num_stamps, tenant))

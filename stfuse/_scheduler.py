@@ -15,9 +15,9 @@ Rules:
     most who were served last: idling earns no credit.
     A step takes the ready bucket that serves most rows per predicted second among those
     that serve the first tenant in order. So work is fused where the measured times say
-    that it pays, and nowhere else. Where shares are strict, rows of tenants that are
-    beyond theirs do not count: each has two of the slots that are left free at most,
-    and alone short steps only.
+    that it pays, and nowhere else. Of unlike weights each counts with as many slots as
+    it is due. Where shares are strict, rows of tenants that are beyond theirs do not
+    count: each has two of the slots left free at most, and alone short steps only.
     While a step leaves work waiting, throughput decides alone, and requests are dropped
     that a step as long as the last ones would answer after their deadline: they would
     only make the next ones late. Else a bucket that answers the first request in time
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from stfuse._admission import Admission, Bounds
-from stfuse._buckets import LaneBuckets, Times, best
+from stfuse._buckets import BEYOND, LaneBuckets, Times, best, dues
 from stfuse._company import Company
 from stfuse._queues import Queues, Tenant
 from stfuse._shares import Shares
@@ -82,7 +82,8 @@ class Scheduler:
         """Start with no tenants."""
         self._policy = policy
         self._max_batch_size = max_batch_size
-        self._company = Company(max_queue_delay_s)
+        # Under TIME nobody shares a step: company would never come.
+        self._company = Company(0.0 if policy is Policy.TIME else max_queue_delay_s)
         self._shares = Shares() if strict_shares else None
         self._held: set[str] = set()  # tenants that may not start yet, come what may
         self._claims: dict[str, int] = {}  # to slots, of those looked at last
@@ -115,7 +116,7 @@ class Scheduler:
         Then one more on the device keeps it busy; else it would be emptier than need
         be, and whoever comes next would wait for both.
         """
-        return len(self._queues.waiting) >= self._queues.num_slots
+        return self._queues.num_tenants >= self._queues.num_slots
 
     def queued(self, tenant: str) -> tuple[int, ...]:
         """Return a tenant's waiting requests, in the order they would run."""
@@ -136,15 +137,14 @@ class Scheduler:
             case Submit():
                 self.submit(event)
             case Cancel():
-                tenant = self._queues.owner(event.request)
-                if tenant is not None:
+                if tenant := self._queues.owner(event.request):
                     self._queues.drop(tenant, [event.request])
             case Ready():
                 self._ready(event)
             case Install():
                 self._install(event)
             case Drain():
-                self._company.delay_s, self._shares = 0.0, None
+                self._company.delay_s, self._shares, self._claims = 0.0, None, {}
             case Join():
                 self._tenants[event.tenant] = Tenant(event.tenant, event.weight)
                 if self._shares:
@@ -155,7 +155,8 @@ class Scheduler:
     def submit(self, event: Submit) -> None:
         """Take note of the event that there are most of; as `handle` does."""
         known = self._tenants.get(event.tenant)
-        tenant = self._admission.check(event, known, self._queues, self._shares)
+        lane = self._lanes.get(known.lane or "") if known else None
+        tenant = self._admission.check(event, known, self._queues, self._shares, lane)
         self._queues.add(tenant, event)
         if self._rest_s and self._is_news(tenant, event):
             self._rest_s = None
@@ -169,7 +170,7 @@ class Scheduler:
         """Return whether a request that came may end what was decided last: to wait."""
         if tenant.name in self._held:
             return event.deadline_s is not None
-        return self._company.is_there(tenant, event, len(self._queues))
+        return self._company.is_there(tenant, event, self._queues.num_ready)
 
     def decide(self, now_s: float) -> Decision:
         """Choose the next step; what it takes is no longer queued."""
@@ -208,18 +209,18 @@ class Scheduler:
                     held[first.lane] = start_s
                     self._held.update([tenant.name for tenant in mates])
                     continue
-            if found is None:
+            if found is None or lane is None:
                 self._queues.park(first)
             else:
-                decision = self._decided(first, lane, mates, found, expired, now_s)
+                decision = self._decided(lane, mates, found, expired, now_s)
         for tenant in seen:
             if tenant.queue:
                 self._queues.place(tenant)
         if decision is None:
+            self._is_contended &= not len(self._queues)  # nothing of it may start
             until_s = min([self._queues.next_deadline_s(), *held.values()])
-            return Decision(
-                None, tuple(expired), None if until_s == math.inf else until_s
-            )
+            next_s = None if until_s == math.inf else until_s
+            return Decision(None, tuple(expired), next_s)
         return decision
 
     def _order(
@@ -228,14 +229,14 @@ class Scheduler:
         """Take tenants in the order to be served; drop what cannot be in time."""
         turn = self._queues.num_steps % _BEST_EFFORT_EVERY
         is_patient_first = turn == _BEST_EFFORT_EVERY - 1
-        pace, until_s = self._admission.pace, -math.inf
-        if self._is_contended:
-            until_s = now_s + pace.busy_s(now_s) + pace.step_s
         for tenant in self._queues.in_order(is_patient_first=is_patient_first):
-            if tenant.queue[0].deadline_s <= until_s:
-                hopeless = self._queues.late(tenant, until_s)
-                self._queues.drop(tenant, hopeless)
-                expired += hopeless
+            if self._is_contended and tenant.queue[0].deadline_s < math.inf:
+                lane = self._lanes.get(tenant.lane or "")
+                until_s = now_s + self._admission.pace.busy_s(now_s)
+                until_s = until_s + lane.step_s if lane else -math.inf
+                if hopeless := self._queues.late(tenant, until_s):
+                    self._queues.drop(tenant, hopeless)
+                    expired += hopeless
             if tenant.queue:
                 seen.append(tenant)
                 yield tenant
@@ -261,33 +262,30 @@ class Scheduler:
 
     def _decided(
         self,
-        first: Tenant,
-        lane: LaneBuckets | None,
+        lane: LaneBuckets,
         mates: Sequence[Tenant],
         found: tuple[Bucket, list[Chunk]],
         expired: Sequence[int],
         now_s: float,
     ) -> Decision:
         """Return a batch, or until when it may wait for company."""
-        assert lane is not None
         bucket, chunks = found
         times = lane.ready[bucket]
-        # Where a step has one slot, company is more rows in it; else more slots.
-        is_full = len(chunks) >= lane.slots and (
-            lane.slots > 1 or chunks[0].rows >= lane.rows
-        )
+        # Of a step of one slot, company is more rows in it.
+        has_room = lane.slots == 1 and chunks[0].rows < lane.rows
+        is_full = len(chunks) >= lane.slots and not has_room
         if self._company.delay_s and not is_full:
             until_s = self._wait_until_s(lane, mates, found, now_s)
             if now_s < until_s:
                 self._is_contended = False
                 return Decision(None, tuple(expired), until_s)
         self._take(lane, bucket, chunks, now_s)
-        batch = Batch(first.lane or "", bucket, tuple(chunks), times.step_s)
+        self._is_contended = self._queues.are_left(mates, self._claims)
+        batch = Batch(mates[0].lane or "", bucket, tuple(chunks), times.step_s)
         return Decision(batch, tuple(expired))
 
     def _ready(self, event: Ready) -> None:
-        lane = self._lanes.get(event.lane)
-        if lane is not None:
+        if lane := self._lanes.get(event.lane):
             p99_s = event.step_s if event.p99_s is None else event.p99_s
             times = Times(event.step_s, p99_s, max(event.step_s, event.host_s))
             if lane.predict(event.bucket, times):
@@ -302,22 +300,21 @@ class Scheduler:
         for name in old.members if old else ():
             tenant = self._tenants.get(name)
             if tenant and tenant.lane == event.lane and name not in event.members:
-                tenant.lane = None
+                self._queues.move(tenant, None)
         self._queues.unpark(event.lane)
         if event.members:
             lane = (event.keeps_ready and old) or LaneBuckets(event.capacities, ())
             lane.members = tuple(event.members)
             self._lanes[event.lane] = lane
         for name, species in event.members.items():
-            tenant = self._tenants.get(name)
-            if tenant is not None:
+            if tenant := self._tenants.get(name):
                 if tenant.lane != event.lane:
                     self._queues.unpark(tenant.lane)
-                tenant.lane, tenant.species = event.lane, species
+                    self._queues.move(tenant, event.lane)
+                tenant.species = species
 
     def _leave(self, name: str) -> None:
-        tenant = self._tenants.get(name)
-        if tenant is not None:
+        if tenant := self._tenants.get(name):
             tenant.is_leaving = True
             if not tenant.queue:
                 self._emptied(tenant)
@@ -338,19 +335,22 @@ class Scheduler:
         """
         rules = {"is_one": self._policy is Policy.TIME, "any_time": self._is_contended}
         of = partial(best, lane, now_s=now_s, **rules)
-        claims = self._claims
-        if not self._shares or all([claims[t.name] >= len(t.queue) for t in mates]):
+        claims, shares = self._claims, self._shares
+        if not shares:
+            claims = dues(lane, mates, self._queues.least_s, self._queues.is_ahead)
+        if not claims or all([claims[t.name] >= len(t.queue) for t in mates]):
             return now_s, of(mates)  # all that waits counts
-        if len(mates) == 1 and not self._shares.are_others_about(mates, now_s):
+        if shares and len(mates) == 1 and not shares.are_others_about(mates, now_s):
             return now_s, of(mates)
-        if not any(claims.values()):
-            start_s, longest_s = self._shares.turn(mates, lane, now_s)
-            start_s = min(start_s, self._shares.next_claim_s(mates, lane, now_s))
+        if shares and not any(claims.values()):
+            start_s, longest_s = shares.turn(mates, lane, now_s)
+            start_s = min(start_s, shares.next_claim_s(mates, lane, now_s))
             is_later = start_s > now_s  # not if it is less than the clock can tell
             return start_s, None if is_later else of(mates, longest_s=longest_s)
         # Those beyond come after the others, in what these leave free.
         ordered = sorted(mates, key=lambda tenant: not claims[tenant.name])
-        return now_s, of(ordered, claims=claims) or of(mates)
+        spare = BEYOND if shares else lane.slots
+        return now_s, of(ordered, claims=claims, spare=spare) or of(mates)
 
     def _wait_until_s(
         self,
@@ -360,9 +360,8 @@ class Scheduler:
         now_s: float,
     ) -> float:
         """Return until when a step waits for company, or for what expires meanwhile."""
-        (bucket, chunks), num = found, len(self._queues)
+        (bucket, chunks), num = found, self._queues.num_ready
         patient, end_s = frozenset[str](), math.inf
-        claims = self._claims if self._shares else None
         if self._shares:
             patient, end_s = self._shares.patient(mates, self._claims, lane, now_s)
         step = mates, chunks, patient, num, lane.ready[bucket].p99_s, now_s
@@ -371,7 +370,8 @@ class Scheduler:
         until_s = end_s + max([each.p99_s for each in lane.ready.values()])
         room = lane.slots - len(chunks), lane.room(bucket, len(chunks))
         enough = num + room[0], num + room[1]
-        self._company.expect(mates[0].lane, found, patient, claims, enough, until_s)
+        step = mates[0].lane, found, patient, self._claims
+        self._company.expect(*step, enough, until_s)
         return min(end_s, self._queues.next_deadline_s())
 
     def _take(
@@ -387,9 +387,8 @@ class Scheduler:
         for tenant, chunk in zip(tenants, chunks, strict=True):
             tenant.turn = self._queues.num_steps
             self._queues.drop(tenant, chunk.requests)
-        self._is_contended = len(self._queues) > 0
         slots = times.cost_s / lane.slot_s(chunks[0].species, bucket.rows)
-        self._admission.pace.start(now_s, times.step_s, lane, slots)
+        self._admission.pace.start(now_s, times.step_s, lane, slots, self._is_contended)
 
 
 def _at(seen: list[Tenant], i: int, order: Iterator[Tenant]) -> Tenant | None:

@@ -8,7 +8,8 @@ out of it. Whoever has more in it than a few slots is beyond its share for now.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stfuse._buckets import BEYOND, LaneBuckets
@@ -149,14 +150,19 @@ class Shares:
 
     def are_others_about(self, tenants: Iterable[Tenant], now_s: float) -> bool:
         """Return whether anybody else with a claim was served a moment ago."""
-        since_s = now_s - _RECENT_S
-        # No later than now: the clock may have gone back.
-        self._recent = {
-            name: min(at_s, now_s)
-            for name, at_s in self._recent.items()
-            if at_s > since_s
-        }
-        return not self._recent.keys() <= {tenant.name for tenant in tenants}
+        return self._other_s([tenant.name for tenant in tenants], now_s) > -math.inf
+
+    def _other_s(self, names: Collection[str], now_s: float) -> float:
+        """Return when anybody else with a claim was served last, if a moment ago."""
+        own = set(names)
+        for name, at_s in reversed(self._recent.items()):  # the last one first
+            if now_s - at_s >= _RECENT_S:
+                break
+            if at_s > now_s:  # the clock went back
+                at_s = self._recent[name] = now_s
+            if name not in own:
+                return at_s
+        return -math.inf
 
     def steps_until(
         self, name: str, slots: int, full_slots: float, now_s: float
@@ -171,13 +177,13 @@ class Shares:
             full_slots: slots of a full step that take as long as a step lately does.
             now_s: the time.
         """
-        account, since_s = self._accounts[name], now_s - _RECENT_S
+        account = self._accounts[name]
         if not account.burst or slots <= account.burst:
             return 0
-        others = (at_s for of, at_s in self._recent.items() if of != name)
-        if not any(at_s > since_s for at_s in others):
+        if self._other_s([name], now_s) == -math.inf:
             return 0
-        gets = account.per_step + account.share * full_slots
+        # Not both: what it has beyond its share is charged to it as well.
+        gets = max(account.per_step, account.share * full_slots)
         return int((slots - account.burst) / gets)
 
     def turn(
@@ -193,13 +199,12 @@ class Shares:
             lane: theirs.
             now_s: the time.
         """
-        if not self.are_others_about(tenants, now_s):
+        others_s = self._other_s([tenant.name for tenant in tenants], now_s)
+        if others_s == -math.inf:
             return now_s, math.inf
         shortest_s = lane.shortest_s(*_slot_of(tenants[0]))
         self._rested_s = min(self._rested_s, now_s + _REST * shortest_s)
-        own = {tenant.name for tenant in tenants}
-        others_s = [at_s for name, at_s in self._recent.items() if name not in own]
-        start_s = min(self._rested_s, max(others_s) + _RECENT_S)
+        start_s = min(self._rested_s, others_s + _RECENT_S)
         return start_s, _SHORT * shortest_s
 
     def spend(
@@ -225,18 +230,19 @@ class Shares:
         for name, _, _, _, species in chunks:
             account, slot_s = self._accounts[name], took_s[species]
             # No more than two bursts: what it had while nobody else was about is past.
-            most_s = 2 * account.burst * slot_s
-            account.spent_s = min(account.left_s(now_s) + slot_s, most_s)
+            # But a small step forgives nothing of what larger ones have left.
+            left_s, most_s = account.left_s(now_s), 2 * account.burst * slot_s
+            account.spent_s = max(left_s, min(left_s + slot_s, most_s))
             account.at_s = now_s
             if claims[name]:
+                self._recent.pop(name, None)  # those served last stand last
                 self._recent[name] = now_s
         if all(claims.values()):
             return
+        had = Counter([chunk.tenant for chunk in chunks])
         for name in [name for name, claim in claims.items() if not claim]:
-            account, had = self._accounts[name], 0
-            for chunk in chunks:
-                had += chunk.tenant == name
-            account.per_step += (had - account.per_step) / _LATELY
+            account = self._accounts[name]
+            account.per_step += (had[name] - account.per_step) / _LATELY
         if not any([claims[chunk.tenant] for chunk in chunks]):
             self._rested_s = now_s + _REST * lane.ready[bucket].step_s
 

@@ -22,6 +22,7 @@ def lane(capacity, **times):
     [
         ({"i1": 1.0, "i2": 1.5, "i4": 2.0}, 1, 1, 3),
         ({"i1": 1.0, "i2": 1.5, "i4": 4.0}, 1, 1, 1),  # four at once do not pay
+        ({"i4": 0.93, "o8": 1.24}, 4, 4, 0),  # five do not, though eight would
         ({"i1": 1.0, "i2": 2.5}, 1, 1, 0),
         ({"i1": 1.0, "i4": 2.0}, 4, 3, 1),
         ({"i1": 1.0, "i8": 2.0}, 8, 3, 0),  # each has its own slot of all

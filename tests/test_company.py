@@ -1,5 +1,6 @@
 """A step waits for company: until when, for whom, and what ends that sooner."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -294,3 +295,37 @@ def test_what_waited_for_company_until_its_deadline_is_near_is_not_given_up_then
     until_s = scheduler.decide(0.001).wait_until_s
     assert until_s == pytest.approx(0.299)
     assert served(scheduler.decide(until_s)) == [("a", (1,))]
+
+
+def test_one_tenant_alone_does_not_wait_for_a_step_that_it_cannot_fill():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1, max_queue_delay_s=0.05)
+    scheduler.handle(Join("a"))
+    scheduler.handle(Install("all", (64,), {"a": (0,)}))
+    for slots, step_ms in {1: 0.7, 2: 0.8, 4: 0.93, 8: 1.24, 16: 2.23}.items():
+        scheduler.handle(Ready("all", Bucket((slots,), 1), step_ms / 1e3))
+    for request in range(5):
+        submit(scheduler, request, "a")
+        assert (len(served(scheduler.decide(0.0))) == 4) is (request == 4)
+
+
+def test_under_policy_time_nobody_waits_for_company():
+    scheduler = one_lane(Policy.TIME, rows=8, max_queue_delay_s=0.5)
+    submit(scheduler, 0, "a")
+    assert served(scheduler.decide(0.0)) == [("a", (0,))]
+    alone = one_lane(Policy.EXCLUSIVE, rows=8, max_queue_delay_s=0.5)
+    submit(alone, 0, "a")  # others of its own may join it
+    assert alone.decide(0.0).wait_until_s == 0.5
+
+
+def test_who_is_removed_waits_for_no_company():
+    device = FakeDevice(SimpleNamespace(advance=time.sleep), step_s=0.01)
+    jobs = [affine_job(name) for name in "abc"]
+    with serve(*jobs, max_queue_delay_s=float("inf"), device=device) as engine:
+        future = engine.submit("a", ROW)
+        time.sleep(0.1)
+        assert not future.done()
+        removing = threading.Thread(target=engine.remove, args=("a",))
+        removing.start()
+        np.testing.assert_array_equal(future.result(20), 3 * ROW)
+        removing.join(20)
+        assert not removing.is_alive()

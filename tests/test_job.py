@@ -33,6 +33,10 @@ WRONG_JOBS = {
     "name of bytes": ({"name": b"a"}, "name must be"),
     "no function": ({"apply_fn": None}, "apply_fn is a NoneType; pass a function"),
     "weight zero": ({"weight": 0}, "weight is 0; pass a positive number"),
+    "weight huge": (
+        {"weight": 1e308},
+        "weight is 1e+308; pass a positive",
+    ),
     "weight nan": ({"weight": float("nan")}, "weight is nan"),
     "weight text": ({"weight": "1"}, "weight is '1'"),
     "pinned, a number": ({"pinned": 1}, "pinned is 1; pass True or False"),

@@ -14,10 +14,10 @@ ORDER = (
     "_fingerprint _program "
     "_trace _hoist _cost _rules _plan _draft _merge _align _lower _regions _values "
     "_together _evaluate _layout _bank _part _step _stacked _cache _tuned _fuse "
-    "_metrics metrics _queues _buckets _shares _admission _company _scheduler "
-    "_arrivals _simulate _stragglers _device _lane _staging _memory _answers _flight "
-    "_books _health _canary _faults _residency _members _server _regroup _siblings "
-    "_newcomers _builder _swap _supervise _engine __init__ testing"
+    "_metrics metrics _waiting _queues _buckets _shares _admission _company "
+    "_scheduler _arrivals _simulate _stragglers _device _lane _staging _memory "
+    "_answers _flight _books _health _canary _faults _residency _members _server "
+    "_regroup _siblings _newcomers _builder _swap _supervise _engine __init__ testing"
 ).split()
 # One entry may be a folder: its files, in their own order.
 FOLDERS = {
@@ -32,8 +32,8 @@ SOURCES = sorted(
     for path in (ROOT / room).rglob("*.py")
 )
 JAX_FREE = (
-    "_errors _types _turns _options _metrics metrics _queues _buckets _shares "
-    "_admission _company _scheduler _health _stragglers".split()
+    "_errors _types _turns _options _metrics metrics _waiting _queues _buckets "
+    "_shares _admission _company _scheduler _health _stragglers".split()
 )
 
 

@@ -161,3 +161,198 @@ def test_what_is_remembered_of_those_who_went_is_bounded():
     queues = scheduler._queues
     assert len(queues) == 1 and len(queues._expiring) < 100
     assert sum(map(len, queues._parked.values())) == 1
+
+
+def backlogged(weights, step_s, capacity, seconds, deadline_s=None):
+    """Serve tenants that always wait; return each one's slots, and who had a slot."""
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    names = [str(i) for i in range(len(weights))]
+    for name, weight in zip(names, weights, strict=True):
+        scheduler.handle(Join(name, weight))
+    scheduler.handle(Install("all", (capacity,), dict.fromkeys(names, (0,))))
+    for (slots, is_open), each_s in step_s.items():
+        scheduler.handle(Ready("all", Bucket((slots,), 1, is_open), each_s))
+    now_s, request, served, steps = 0.0, 0, np.zeros(len(weights)), []
+    while now_s < seconds:
+        for name in names:
+            for _ in range(40 - len(scheduler.queued(name))):
+                request += 1
+                is_urgent = deadline_s is not None and name == names[-1]
+                until_s = now_s + deadline_s if is_urgent else None
+                scheduler.handle(Submit(request, name, 1, now_s, until_s))
+        batch = scheduler.decide(now_s).batch
+        steps.append([int(chunk.tenant) for chunk in batch.chunks])
+        now_s += batch.predicted_s
+        if now_s > seconds / 4:
+            np.add.at(served, steps[-1], 1)
+    return served / served.sum(), steps
+
+
+@pytest.mark.parametrize(
+    ("weights", "slots"),
+    [
+        ([16] + [1] * 16, 4),
+        ([1] * 4 + [4], 4),
+        ([8] + [1] * 8, 8),
+        ([1, 2, 4], 4),
+        ([1e-6] * 20 + [1e-5] * 4, 8),
+        ([1] * 8, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_slots_of_steps_that_all_wait_for_go_by_weight(weights, slots, is_dense):
+    step_s = {
+        (2**i, False): 1e-3 * (1 + 0.05 * 2**i) for i in range(4) if 2**i <= slots
+    }
+    if (
+        is_dense := is_dense and len(weights) <= slots
+    ):  # each has its own in the largest
+        step_s[slots, True] = 1.05 * step_s[slots, False]
+    capacity = slots if is_dense else 64
+    got, steps = backlogged(weights, step_s, capacity, 2.0)
+    expected = np.array(weights) / sum(weights)
+    np.testing.assert_allclose(got, expected, rtol=0.05, atol=2e-3)
+    assert np.mean([*map(len, steps)]) == pytest.approx(slots, rel=0.01)
+
+
+def test_who_asks_for_less_than_its_share_waits_for_no_heavier_one():
+    due_s = np.sort(np.concatenate([np.zeros(4000), 0.02 * np.arange(40)]))
+    tenants = np.where(due_s > 0, 2, np.arange(len(due_s)) % 2)
+    trace, table = Arrivals(due_s, tenants), {(1, 1): 1e-3, (4, 1): 1e-3}
+    run = simulate(trace, table, weights=[8, 1, 1], max_queue_size=10_000)
+    assert run.quantile_s(1.0, [2]) <= 2e-3
+    late = simulate(trace, table, weights=[8, 1, 1], deadline_s=3e-3)
+    assert late.quantile_s(1.0, [2]) <= 2e-3
+
+
+def test_a_flood_of_deadlines_has_what_its_weight_says():
+    step_s = {(k, False): 1e-3 for k in (1, 2, 4)}
+    got, _ = backlogged([8, 1, 1], step_s, 64, 2.0, deadline_s=0.5)
+    np.testing.assert_allclose(got, [0.8, 0.1, 0.1], atol=0.02)
+
+
+def test_what_a_lane_had_no_room_for_is_not_saved_up():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    weights = {"heavy": 50.0, "a": 1.0, "b": 1.0, "c": 1.0}
+    for name, weight in weights.items():
+        scheduler.handle(Join(name, weight))
+    scheduler.handle(Install("all", (4,), dict.fromkeys(weights, (0,))))
+    scheduler.handle(Ready("all", Bucket((4,), 1), 0.01))  # each has its own slot
+    now_s, request = 0.0, 0
+    seen = []
+    for step in range(1200):
+        for name in weights:
+            for _ in range(8 - len(scheduler.queued(name))):
+                request += 1
+                scheduler.handle(Submit(request, name, 1, now_s))
+        if step == 1000:
+            scheduler.handle(Ready("all", Bucket((4,), 1, True), 0.01))
+        batch = scheduler.decide(now_s).batch
+        now_s += 0.01
+        seen.append({chunk.tenant for chunk in batch.chunks})
+    assert all(len(each) == 4 for each in seen[:1000])
+    least = min(sum("a" in each for each in seen[i : i + 80]) for i in (1000, 1100))
+    assert least >= 1  # 53 slots are a round of all
+
+
+def test_slots_of_one_program_that_a_heavier_one_cannot_use_are_filled():
+    scheduler = Scheduler(Policy.SPACE_TIME, max_batch_size=1)
+    for name, weight in (("heavy", 100.0), ("light", 1.0)):
+        scheduler.handle(Join(name, weight))
+    members = {"heavy": (0,), "light": (1,)}
+    scheduler.handle(Install("all", (9, 9), members))
+    scheduler.handle(Ready("all", Bucket((4, 4), 1, True), 0.01))
+    for request in range(16):
+        scheduler.handle(Submit(request, ("heavy", "light")[request % 2], 1, 0.0))
+    served = [chunk.tenant for chunk in scheduler.decide(0.0).batch.chunks]
+    assert sorted(served) == ["heavy"] * 4 + ["light"] * 4
+
+
+def lane_of(weights, times, capacities=(64,), species=None, **options):
+    """Return a scheduler with a lane of all; times by slots and rows."""
+    scheduler = Scheduler(Policy.SPACE_TIME, **options)
+    for name, weight in weights.items():
+        scheduler.handle(Join(name, weight))
+    members = {name: (species or {}).get(name, (0,)) for name in weights}
+    scheduler.handle(Install("all", capacities, members))
+    for (slots, rows, *is_open), step_s in times.items():
+        scheduler.handle(Ready("all", Bucket(slots, rows, *is_open), step_s))
+    return scheduler
+
+
+def rows_per_s(scheduler, names, steps=400):
+    """Keep eight requests of one row of each waiting; return rows/s, and of whom."""
+    now_s, request, rows = 0.0, 0, dict.fromkeys(names, 0)
+    for _ in range(steps):
+        for name in names:
+            for _ in range(8 - len(scheduler.queued(name))):
+                request += 1
+                scheduler.handle(Submit(request, name, 1, now_s))
+        batch = scheduler.decide(now_s).batch
+        now_s += batch.predicted_s
+        for chunk in batch.chunks:
+            rows[chunk.tenant] += chunk.rows
+    return sum(rows.values()) / now_s, rows
+
+
+def test_who_has_deadlines_has_slots_by_its_weight_too():
+    times = {((k,), 1): 1e-3 * (1 + 0.05 * k) for k in (1, 2, 4, 8)}
+    scheduler = lane_of({"u": 10.0, "b": 1.0}, times, max_batch_size=1)
+    for request in range(116):
+        is_urgent = request >= 100
+        until_s = 0.0045 if is_urgent else None
+        scheduler.handle(Submit(request, "ub"[not is_urgent], 1, 0.0, until_s))
+    now_s, served = 0.0, []
+    while now_s < 0.02 and (decision := scheduler.decide(now_s)).batch:
+        assert not decision.expired
+        served += [n for c in decision.batch.chunks for n in c.requests]
+        now_s += decision.batch.predicted_s
+    assert set(range(100, 116)) <= set(served)
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0, 100.0])
+def test_weights_make_no_step_emptier_than_it_need_be(weight):
+    names = ["h", *(f"l{i}" for i in range(7))]
+    weights = dict.fromkeys(names, 1.0) | {"h": weight}
+    times = {((k,), 8): 1e-3 * (1 + 0.05 * k) for k in (1, 2, 4, 8)}
+    of_rows, _ = rows_per_s(lane_of(weights, times, max_batch_size=8), names)
+    assert of_rows == pytest.approx(64 / 1.4e-3, rel=0.02)  # eight rows share a slot
+
+    species = {name: (int(name != "h"),) for name in names}
+    times = {((8, 0), 1): 1e-3, ((0, 8), 1): 1e-3, ((8, 8), 1): 1.1e-3}
+    dense = lane_of(weights, times, (8, 8), species, max_batch_size=1)
+    of_rows, rows = rows_per_s(dense, names)  # each has its own slot
+    assert of_rows == pytest.approx(8 / 1.1e-3, rel=0.02)
+    assert min(rows.values()) == 400
+
+
+def test_who_had_what_nobody_wanted_is_not_made_to_pay_for_it_for_long():
+    times = {((k,), 1): 1e-3 * (1 + 0.05 * k) for k in (1, 2, 4, 8)}
+    scheduler = lane_of({"a": 1.0, "b": 2.0, "c": 2.0}, times, max_batch_size=1)
+    now_s, request, got = 0.0, 0, np.zeros(3)
+    for step in range(3000):
+        for name, num in (("a", 20), ("b", 1), ("c", 20 if step >= 2000 else 0)):
+            for _ in range(num - len(scheduler.queued(name))):
+                request += 1
+                scheduler.handle(Submit(request, name, 1, now_s))
+        batch = scheduler.decide(now_s).batch
+        now_s += batch.predicted_s
+        for chunk in batch.chunks if step >= 2200 else ():
+            got["abc".index(chunk.tenant)] += 1
+    assert got[0] / got.sum() > 0.2  # a third of what is left of b's one slot of eight
+
+
+def test_a_parked_tenant_is_tried_again_when_another_request_comes_first():
+    scheduler = lane_of({"a": 1.0}, {((1,), 2): 0.001}, max_batch_size=8)
+    scheduler.handle(Submit(0, "a", 8, 0.0))  # no bucket has so many rows
+    assert scheduler.decide(0.0).batch is None
+    scheduler.handle(Submit(1, "a", 1, 0.0))
+    assert scheduler.decide(0.0).batch is None
+    scheduler.handle(Cancel(0))
+    assert scheduler.decide(0.0).batch.chunks[0].requests == (1,)
+    scheduler.handle(Submit(2, "a", 8, 0.0))
+    assert scheduler.decide(0.0).batch is None
+    scheduler.handle(Submit(3, "a", 1, 0.0, 1.0))  # its deadline puts it first
+    assert scheduler.decide(0.0).batch.chunks[0].requests == (3,)
+    assert scheduler.num_queued == 1

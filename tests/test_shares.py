@@ -1,6 +1,7 @@
 """Leaky buckets: a burst is nobody's flood, a share runs out, alone there are walls."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -34,6 +35,17 @@ def shares_of(**weights):
     for name, weight in weights.items():
         shares.join(name, weight)
     return shares
+
+
+def made(names, step_s, weights=None, **options):
+    """Return a scheduler with strict shares, a lane of all, times by slots."""
+    scheduler = Scheduler(Policy.SPACE_TIME, strict_shares=True, **options)
+    for name in names:
+        scheduler.handle(Join(name, (weights or {}).get(name, 1.0)))
+    scheduler.handle(Install("all", (64,), dict.fromkeys(names, (0,))))
+    for slots, each_s in step_s.items():
+        scheduler.handle(Ready("all", Bucket((slots,), 1), each_s))
+    return scheduler
 
 
 def serve(shares, name, slots, now_s, scale=1.0):
@@ -183,11 +195,13 @@ def test_how_long_a_backlog_takes_is_told_by_what_its_tenant_got_lately():
     of_b, of_a = Chunk("b", (), 1, 0, 0), Chunk("a", (), 1, 0, 0)
     shares.spend([of_b, *[of_a] * 9], claims, all_of, ONE, 0.0)
     assert shares.steps_until("a", 8, 10.0, 0.0) == 0  # a burst
-    # Two slots of a step, and half of what a full step would have in its time.
-    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == 10
+    # Half of what a full step would have in its time, or two slots of each step.
+    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == 14
+    assert shares.steps_until("a", 8 + 70, 2.0, 0.0) == 35
     for _ in range(200):  # others leave it nothing
         shares.spend([of_b], {"a": 0, "b": 8}, all_of, ONE, 0.0)
-    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == pytest.approx(14, abs=1)
+    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == 14
+    assert shares.steps_until("a", 8 + 70, 2.0, 0.0) == pytest.approx(70, abs=1)
     assert shares.steps_until("a", 8 + 70, 10.0, 2.0) == 0  # nobody is about any more
 
 
@@ -308,3 +322,66 @@ def test_those_beyond_their_shares_are_served_whatever_their_program():
             now_s += decision.batch.predicted_s
         now_s = max(decision.wait_until_s or now_s, now_s + 1e-3)
         assert now_s < 60.0
+
+
+def test_a_small_step_forgives_nothing_of_what_large_ones_have_left():
+    shares, all_of = shares_of(a=1.0, b=1.0), LaneBuckets((16,), ())
+    for slots, rows, step_s in ((1, 1, 0.001), (16, 1, 0.0016), (16, 32, 0.0256)):
+        all_of.predict(Bucket((slots,), rows), Times(step_s, step_s, step_s))
+    big = [waiting("a", rows=32)]
+    claims = shares.claims(big, all_of, 0.0)
+    chunks = [Chunk("a", (i,), 32) for i in range(16)]
+    shares.spend(chunks, claims, all_of, Bucket((16,), 32), 0.0)
+    assert shares.claims(big, all_of, 0.0) == {"a": 0}
+    shares.spend([Chunk("a", (99,), 1)], {"a": 0}, all_of, Bucket((1,), 1), 0.0)
+    assert shares.claims(big, all_of, 0.0) == {"a": 0}
+
+
+class Noted(dict):
+    """A dictionary that counts which of its items were looked at."""
+
+    looks = 0
+
+    def items(self):
+        return self
+
+    def __reversed__(self):
+        for name in reversed([*self.keys()]):
+            self.looks += 1
+            yield name, self[name]
+
+    __iter__ = None
+
+
+def test_who_was_about_long_ago_is_not_looked_at():
+    shares, all_of, num = shares_of(a=1.0, b=1.0), lane(), 3000
+    for i in range(num):
+        shares.join(f"t{i}", 1.0)
+        shares.spend([Chunk(f"t{i}", (), 1)], {f"t{i}": 8}, all_of, ONE, 1e-5 * i)
+    assert shares.steps_until("a", 100, 10.0, 0.5) > 0
+    shares._recent = Noted(shares._recent)
+    assert shares.steps_until("a", 100, 10.0, 5.0) == 0
+    assert shares._recent.looks <= 2
+
+
+@pytest.mark.parametrize(
+    ("slots", "weight", "num"), [(4, 16, 16), (4, 4, 4), (8, 8, 8)]
+)
+def test_who_is_beyond_takes_no_slot_that_another_has_a_claim_to(slots, weight, num):
+    floods = [f"f{i}" for i in range(num)]
+    step_s = {k: 0.001 * (1 + 0.05 * k) for k in (1, 2, 4, 8) if k <= slots}
+    scheduler = made(["b", *floods], step_s, {"b": float(weight)})
+    request, got, now_s = 0, Counter(), 0.0
+    for step in range(4000):
+        for name in ("b", *floods):
+            for _ in range(2 * slots - len(scheduler.queued(name))):
+                request += 1
+                submit(scheduler, request, name, now_s)
+        decision = scheduler.decide(now_s)
+        if decision.batch is None:
+            now_s = decision.wait_until_s
+            continue
+        now_s += decision.batch.predicted_s
+        for chunk in decision.batch.chunks if step > 500 else ():
+            got[chunk.tenant] += 1
+    assert got["b"] / got.total() == pytest.approx(0.5, abs=0.05)
