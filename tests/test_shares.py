@@ -223,7 +223,7 @@ def test_what_a_flood_cannot_have_in_time_is_refused_and_nothing_lost_by_it(seed
     others_s = strict.latency_s[strict.tenants > 0]
     assert np.isfinite(others_s).all() and np.quantile(others_s, 0.99) < 6e-3
     served = np.isfinite(strict.latency_s[strict.tenants == 0]).sum()
-    assert served > 0.4 * (strict.tenants == 0).sum()
+    assert served > 0.35 * (strict.tenants == 0).sum()  # a tenth is its share
 
 
 def test_a_clock_that_goes_back_gives_and_takes_nothing():
