@@ -247,9 +247,8 @@ def dues(
         tenant = mates[i]
         species = tenant.species[tenant.queue[0].length]
         most = lane.most_slots(len(tenant.species), 1)
-        if found[tenant.name] >= min(-(-tenant.rows // lane.rows), most):
-            heapq.heappop(heap)
-        elif left[species] <= 0:
+        most = min(most, -(-tenant.rows // lane.rows))  # what its rows can fill
+        if found[tenant.name] >= most or left[species] <= 0:
             heapq.heappop(heap)
         else:
             found[tenant.name] += 1

@@ -78,10 +78,10 @@ class Queues:
         return len(self._since)
 
     def num_beside(self, tenant: Tenant, deadline_s: float) -> tuple[int, int]:
-        """Return who else waits for steps that serve a tenant, and is not parked.
+        """Return how many others wait for steps that serve a tenant, none parked.
 
         Returns:
-            How many, and how many with a request of no later a deadline (with its own).
+            Their number, and how many tenants, itself too, have no later a deadline.
         """
         num, before = self._lines.count(self._of(tenant), deadline_s)
         return num - (tenant.name in self._since), before
