@@ -35,7 +35,7 @@ _SCALE = flags.DEFINE_enum("scale", "full", ["full", "small"], "Of models and R.
 _RESULTS = flags.DEFINE_string(
     "results", None, "Folder; examples/results on a GPU, examples/out elsewhere."
 )
-_MINUTES = flags.DEFINE_float("minutes", 6.5, "Nothing is begun after these.")
+_MINUTES = flags.DEFINE_float("minutes", 7.5, "Nothing is begun after these.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Of one measurement.")
 _PROCESSES = flags.DEFINE_integer(
     "processes", paper.MOST_PROCESSES, "At once, at most; 0 for none.", lower_bound=0

@@ -31,7 +31,7 @@ _SCALE = flags.DEFINE_enum("scale", "full", ["full", "small"], "Of the models.")
 _RESULTS = flags.DEFINE_string(
     "results", None, "Folder; examples/results on a GPU, examples/out elsewhere."
 )
-_MINUTES = flags.DEFINE_float("minutes", 6.5, "Nothing is begun after these.")
+_MINUTES = flags.DEFINE_float("minutes", 7.5, "Nothing is begun after these.")
 _SECONDS = flags.DEFINE_float("seconds", 0.4, "Of one measurement.")
 _PROCESSES = flags.DEFINE_integer(
     "processes", paper.MOST_PROCESSES, "At once, at most; 0 for none.", lower_bound=0
@@ -62,7 +62,8 @@ def measure(part: paper.Part, model: str, num: int) -> None:
             continue
         with paper.pool_of(way, num) as pool:
             if pool is not None:
-                of = functools.partial(paper_models.in_pool, part, pool, members, num)
+                held = paper_models.hold(part, pool, members, num)
+                of = functools.partial(paper_models.in_pool, part, pool, held)
                 part.measure(key, of)
     dtype = np.dtype(dtype_here())
     fleet = fleets.make_fleet(known(dtype_here(), part.scale)[model], num, 1, dtype)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from examples import paper_worker, workloads
-from examples.processes import Pool, mps, mps_is_available
+from examples.processes import Pool, cache_folder, mps, mps_is_available
 from examples.records import Records
 
 FOLDER = pathlib.Path(__file__).parent
@@ -84,8 +84,13 @@ def only(told: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
 
 
 def keep_room() -> None:
-    """Have JAX leave room on the device for other processes, and for PyTorch."""
+    """Have JAX leave room on the device for other processes, and for PyTorch.
+
+    What is compiled here, they find compiled.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def results_folder(told: str | None) -> pathlib.Path:
@@ -115,7 +120,11 @@ def pool_of(way: str, num: int) -> Iterator[Pool | None]:
                 yield None
                 return
             env = stack.enter_context(mps())
-        yield stack.enter_context(Pool(num, env))
+        start_s = time.perf_counter()
+        pool = stack.enter_context(Pool(num, env))
+        took_s = time.perf_counter() - start_s
+        print(f"  {num} processes, {way}, started [{took_s:.1f} s]", flush=True)
+        yield pool
 
 
 def load(
@@ -155,6 +164,14 @@ def load(
     if idle_bytes is not None and all_bytes is not None:
         num_bytes = all_bytes - idle_bytes + used * idle_bytes
     return {"processes": num, "difference": worst, "bytes": num_bytes}
+
+
+def part_of(held: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """Return what `load` does, of the first of its processes alone."""
+    num_bytes = held["bytes"]
+    if num_bytes is not None:
+        num_bytes *= processes / held["processes"]
+    return {**held, "processes": processes, "bytes": num_bytes}
 
 
 def run(

@@ -30,14 +30,14 @@ DTYPES = {  # name: of arrays, precision of products
     "bfloat16": ("bfloat16", "default"),
 }
 REPLICAS = (1, 2, 4, 8, 10, 16, 20, 32, 40, 64, 96, 118)
-IN_PROCESSES = (1, 2, 4, 10, 20, 40, 118)
 FEW = (1, 2, 10, 20, 40, 118)  # but for the paper's own shape and dtype
+IN_PROCESSES = (1, 2, 4, 10, 20, 40, 118)  # of the paper's own shape
 FEW_IN_PROCESSES = (1, 2, 10, 40)
+SAWTOOTH = range(4, 119, 6)
 STEPS = 512  # of a launch
 IN_PROCESSES_S = 3  # longer than in one: launches take turns, and end in bursts
 WAYS = ("space-time", "in turn", "time", "space")
 IN_FLIGHT = 2
-NUM_FIRST = 2  # of shapes and dtypes: those that the goals are about, in all ways
 PAPER = {"time": 7.71, "space": 3.23}  # geometric means over all R, conv2_2
 
 
@@ -47,6 +47,8 @@ def sizes_of(part: Part, shape: str, dtype: str) -> tuple[Sequence[int], Sequenc
         return (1, 2, 3), (1, 2)
     if (shape, dtype) == (SHAPES[0], "float32"):
         return REPLICAS, IN_PROCESSES
+    if shape == SHAPES[0]:
+        return (*FEW[:2], 4, *FEW[2:]), IN_PROCESSES
     return FEW, FEW_IN_PROCESSES
 
 
@@ -180,7 +182,7 @@ def in_processes(
     seconds = part.seconds * (1 if part.is_small else IN_PROCESSES_S)
     tenants = paper.run(pool, used, seconds, IN_FLIGHT)
     rate = what["repeat"] * paper.per_s(tenants, seconds)
-    return {"per_s": rate, **loaded[each], "processes": used}
+    return {"per_s": rate, **paper.part_of(loaded[each], used)}
 
 
 def run(part: Part) -> None:
@@ -198,9 +200,8 @@ def run(part: Part) -> None:
                 key_of(shape, dtype, "space-time", num),
                 functools.partial(space_time, part, shape, dtype, num, repeat),
             )
-    for pairs in (ordered[:NUM_FIRST], ordered[NUM_FIRST:]):
-        for way in ("space", "time"):
-            in_pools(part, pairs, way)
+    for way in ("space", "time"):
+        in_pools(part, ordered, way)
     sawtooth(part, repeat)
     for shape, dtype in ordered:
         print_table(part, shape, dtype)
@@ -209,8 +210,7 @@ def run(part: Part) -> None:
 
 def sawtooth(part: Part, repeat: int) -> None:
     """Measure more R, if time is left: throughput saws with waves of thread blocks."""
-    numbers = range(1, 119, 3) if not part.is_small else ()
-    for num in numbers:
+    for num in () if part.is_small else SAWTOOTH:
         part.measure(
             key_of("conv2_2", "float32", "space-time", num),
             functools.partial(space_time, part, "conv2_2", "float32", num, repeat),

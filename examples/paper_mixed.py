@@ -13,7 +13,7 @@ def run(part: Part) -> None:
     members = [(name, i) for name in names for i in range(each)]
     key = {"part": "mixed", "models": len(members)}
     print(f"{each} each of {', '.join(names)}; {part.records.path}")
-    sets = [(key, members)]
-    paper_models.measure(part, sets, WAYS)
+    paper_models.in_one(part, key, members, WAYS)
+    paper_models.in_pools(part, [(key, members)])
     paper_models.print_table(part, key)
     paper.check(part)

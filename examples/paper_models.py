@@ -27,13 +27,13 @@ from examples.paper_worker import make_models
 from examples.workloads import Workload
 
 Member = tuple[str, int]  # workload, number
-FIRST = ("minilm", "resnet50", "mobilenet_v2")  # what has to be there if time is short
-MODELS = (*FIRST, "lstm", "bert", "resnet18")
+MODELS = ("minilm", "resnet50", "mobilenet_v2", "lstm", "bert", "resnet18")
 REPLICAS = (1, 4, 16, 64)
 MOST = {"minilm": 64, "lstm": 64}  # replicas; 16 of the others
 IN_PROCESS = ("space-time", "in turn", "exclusive", "torch streams", "torch vmap")
 IN_FLIGHT = 4
 IN_FLIGHT_OF_PROCESS = (1, IN_FLIGHT, 8)
+LEAST_MAPPED = 16  # models, of PyTorch's compiled vmap
 RIVALS = ("time", "space", "in turn", "torch streams", "torch vmap")
 _GIB = 2**30
 
@@ -63,15 +63,17 @@ def models_of(members: tuple[Member, ...], scale: str) -> list[tuple[Any, ...]]:
 
 def work_of(members: Sequence[Member], scale: str) -> dict[str, float]:
     """Return the arithmetic, and the bytes of weights read, of a request of each."""
-    total = {"flops": 0.0, "read_bytes": 0.0}
-    for name in dict.fromkeys(name for name, _ in members):
-        ((of, workload, params, x),) = models_of(((name, 0),), scale)
-        fused = stfuse.fuse([stfuse.Job(of, workload.apply_fn, params, x)])
-        num = sum(name == other for other, _ in members)
-        flops = workloads.true_flops(fused.plan.to_dict())
-        total["flops"] += num * flops
-        total["read_bytes"] += num * workloads.used_bytes(workload, params)
-    return total
+    each = [_work_of_one(name, scale) for name, _ in members]
+    flops, read_bytes = map(sum, zip(*each, strict=True))
+    return {"flops": flops, "read_bytes": read_bytes}
+
+
+@functools.cache
+def _work_of_one(name: str, scale: str) -> tuple[float, float]:
+    ((of, workload, params, x),) = models_of(((name, 0),), scale)
+    fused = stfuse.fuse([stfuse.Job(of, workload.apply_fn, params, x)])
+    flops = workloads.true_flops(fused.plan.to_dict())
+    return flops, float(workloads.used_bytes(workload, params))
 
 
 def in_turn_run(models: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
@@ -177,13 +179,17 @@ def summary(
     return found | ({"joules": watts / per_s} if watts else {})
 
 
-def in_pool(
+def hold(
     part: Part, pool: paper.Pool, members: Sequence[Member], processes: int
 ) -> dict[str, Any]:
-    """Measure processes, each with models of its own, at one and several in flight."""
+    """Give models to processes; see `paper.load`."""
     what = {"scale": part.scale, "dtype": dtype_here(), "repeat": 1}
     what["precision"] = "highest" if what["dtype"] == "float32" else "default"
-    held = paper.load(pool, members, what, processes)
+    return paper.load(pool, members, what, processes)
+
+
+def in_pool(part: Part, pool: paper.Pool, held: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure processes that hold models, at one and several launches in flight."""
     found = {}
     for in_flight in IN_FLIGHT_OF_PROCESS:
         with paper.Power() as power:
@@ -209,12 +215,23 @@ def processes_of(part: Part, num: int) -> list[int]:
 
 
 def sets_of(part: Part) -> list[tuple[str, int]]:
-    """Return workloads and replicas, what matters most first."""
+    """Return workloads and replicas, the README's first."""
     if part.is_small:
         return [("minilm", 2), ("lstm", 1)]
-    first = [(name, 16) for name in FIRST] + [("minilm", 64)]
-    rest = [(name, n) for name in MODELS for n in REPLICAS if n <= MOST.get(name, 16)]
+    first = [(name, 16) for name in MODELS]
+    first.insert(3, ("minilm", 64))
+    rest = [(name, n) for n in REPLICAS for name in MODELS if n <= MOST.get(name, 16)]
     return [*first, *(pair for pair in rest if pair not in first)]
+
+
+def ways_of(num: int) -> tuple[str, ...]:
+    """Return the ways in one process to run so many equal models.
+
+    One model is alone whoever calls it, and PyTorch compiles a mapped one for minutes.
+    """
+    left_out = {"exclusive"} if num == 1 else set()
+    left_out |= {"torch vmap"} if num < LEAST_MAPPED else set()
+    return tuple(way for way in IN_PROCESS if way not in left_out)
 
 
 def run(part: Part) -> None:
@@ -224,47 +241,79 @@ def run(part: Part) -> None:
     for name, num in sets_of(part):
         key = {"part": "models", "model": name, "R": num}
         sets.append((key, [(name, i) for i in range(num)]))
-    num_first = len(FIRST) + 1  # all their ways before the others
-    for some in (sets[:num_first], sets[num_first:]):
-        measure(part, some, IN_PROCESS)
+    first, rest = sets[: len(MODELS) + 1], sets[len(MODELS) + 1 :]
+    for some in (first, rest):
+        for key, members in some:
+            in_one(part, key, members, ways_of(len(members)))
+        if some is first:  # processes that have sixteen models can run one or four
+            in_pools(part, sets)
     for key, _ in sets:
         print_table(part, key)
     paper.check(part)
 
 
-def measure(
-    part: Part,
-    sets: Sequence[tuple[Mapping[str, Any], Sequence[Member]]],
-    ways: Sequence[str],
+def in_one(
+    part: Part, key: Mapping[str, Any], members: Sequence[Member], ways: Sequence[str]
 ) -> None:
-    """Measure sets of models, in one process and then in many, slow to start.
+    """Measure a set of models in this process, each way."""
+    of = functools.partial(work_of, members, part.scale)
+    part.measure({**key, "way": "work"}, of)
+    for way in ways:
+        one = functools.partial(in_process, part, members, way)
+        part.measure({**key, "way": way}, one)
+    models_of.cache_clear()
+
+
+def in_pools(
+    part: Part, sets: Sequence[tuple[Mapping[str, Any], Sequence[Member]]]
+) -> None:
+    """Measure sets of models in processes, which are slow to start.
+
+    Where each has one model, the largest set of some kind is loaded, and the first of
+    its processes run the others.
 
     Args:
         part: where to keep it.
         sets: keys and members.
-        ways: of one process.
     """
-    for key, members in sets:
-        of = functools.partial(work_of, members, part.scale)
-        part.measure({**key, "way": "work"}, of)
-        for way in ways:
-            one = functools.partial(in_process, part, members, way)
-            part.measure({**key, "way": way}, one)
-    models_of.cache_clear()
     for way in ("space", "time"):
-        cells = {}
+        loads: dict[Any, list[tuple[int, Sequence[Member], Mapping[str, Any]]]] = {}
         for key, members in sets if part.processes else ():
             for num in processes_of(part, len(members)):
                 cell = {**key, "way": way, "processes": num}
                 if not part.is_done([cell]):
-                    cells[num, tuple(members)] = cell
-        if not cells:
+                    together = members[0] if num == len(members) else (num, *members)
+                    loads.setdefault(together, []).append((num, members, cell))
+        if not loads:
             continue
-        with paper.pool_of(way, max(num for num, _ in cells)) as pool:
-            for (num, members), key in cells.items():
-                if pool is not None:
-                    of = functools.partial(in_pool, part, pool, members, num)
-                    part.measure(key, of)
+        most = max(num for cells in loads.values() for num, *_ in cells)
+        with paper.pool_of(way, most) as pool:
+            for cells in loads.values() if pool is not None else ():
+                num, members, _ = max(cells, key=lambda cell: cell[0])
+                of_all = functools.partial(hold, part, pool, members, num)
+                in_pool_of(part, pool, functools.cache(of_all), cells)
+
+
+def in_pool_of(
+    part: Part,
+    pool: paper.Pool,
+    held: Callable[[], Mapping[str, Any]],
+    cells: Sequence[tuple[int, Sequence[Member], Mapping[str, Any]]],
+) -> None:
+    """Measure processes that hold models, as many of them as each cell says.
+
+    Args:
+        part: where to keep it.
+        pool: the processes.
+        held: loads the models, once, and tells what `hold` does.
+        cells: the number of processes, their members, and the key of each.
+    """
+
+    def measure(num: int) -> dict[str, Any]:
+        return in_pool(part, pool, paper.part_of(held(), num))
+
+    for num, _, key in cells:
+        part.measure(key, functools.partial(measure, num))
 
 
 def best_of(part: Part, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,13 @@ _GRACE_S = 10.0  # for the end: a client of MPS that is killed can take others a
 START_S = 300.0  # until all interpreters are up: they import, and find the device
 
 
+def cache_folder() -> pathlib.Path:
+    """Return where compiled programs are kept, for all processes of this user."""
+    folder = pathlib.Path(tempfile.gettempdir(), f"stfuse-workers-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def mps_is_available() -> bool:
     """Return whether CUDA's multi-process service can be started here."""
     return shutil.which(_CONTROL) is not None
@@ -74,12 +81,10 @@ class Pool:
 
     def __enter__(self) -> "Pool":
         """Start all at once."""
-        cache = pathlib.Path(tempfile.gettempdir(), f"stfuse-workers-{os.getuid()}")
-        cache.mkdir(mode=0o700, exist_ok=True)
         env = {
             **os.environ,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_COMPILATION_CACHE_DIR": str(cache_folder()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **self._env,
         }

@@ -189,10 +189,17 @@ def make_params(
         dtype: of all leaves.
         first: number of the first; a number always means the same weights.
     """
+    draw, key = _draw_fn(workload.init_fn, dtype), jax.random.key(0)
+    return [draw(jax.random.fold_in(key, first + i)) for i in range(num_jobs)]
+
+
+@functools.cache
+def _draw_fn(init_fn: Callable[[jax.Array], Params], dtype: Any) -> Any:
+    """Return what draws one model's weights, compiled once."""
 
     @jax.jit
     def draw(key: jax.Array) -> Params:
-        params = workload.init_fn(key)
+        params = init_fn(key)
         flat = [a.size for a in jax.tree.leaves(params) if a.ndim < 2]
         noise = 0.1 * jax.random.normal(
             jax.random.fold_in(key, 1), (max(flat, default=0),)
@@ -205,8 +212,7 @@ def make_params(
 
         return jax.tree.map(leaf, params)
 
-    key = jax.random.key(0)
-    return [draw(jax.random.fold_in(key, first + i)) for i in range(num_jobs)]
+    return draw
 
 
 def make_jobs(
