@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import app
 
-from examples import records
+from examples import paper_gemm, records
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADING = "## Four ways to share a GPU"
@@ -108,13 +108,13 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
         A sentence, and a line per set of models: requests per second in one fused step,
         and how many times those of each way at its best that is.
     """
-    best: dict[str, dict[str, float]] = {}
+    best: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         key, per_s = row["key"], row["values"].get("per_s")
         if per_s is None or key["scale"] != "full":
             continue
         is_mixed = key["part"] == "mixed"
-        of = f"{key['models']} mixed" if is_mixed else f"{key['R']} {key['model']}"
+        of = is_mixed, key.get("model", "mixed"), key["models" if is_mixed else "R"]
         way = "torch" if key["way"].startswith("torch") else key["way"]
         own = best.setdefault(of, {})
         own[way] = max(per_s, own.get(way, 0.0))
@@ -124,12 +124,42 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"| models | space-time/s | {' | '.join(RIVALS)} |",
         f"|---|---|{'---|' * len(RIVALS)}",
     ]
-    for of, own in best.items():
+    for (_, model, num), own in sorted(best.items()):
         ours = own.get("space-time")
         if ours is not None:
             times = [ours / own[way] if way in own else None for way in RIVALS]
-            cells = [of, f"{ours:,.0f}", *(number(x, ".2f") for x in times)]
+            cells = [f"{num} {model}", f"{ours:,.0f}"]
+            cells += [number(x, ".2f") for x in times]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gemm_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of `examples.bench_paper`'s products as Markdown.
+
+    Args:
+        rows: of the file of its part ``gemm``.
+
+    Returns:
+        A sentence, and a line per product: a thousand of them per second as one fused
+        step, and how many times those of each way that is, the geometric mean.
+    """
+    ways = paper_gemm.WAYS[1:]
+    lines = [
+        f"{when(rows)} (`python -m examples.bench_paper --part=gemm`):",
+        "",
+        f"| product | precision | R = 10 | 20 | 118 | {' | '.join(ways)} |",
+        f"|---|---|---|---|---|{'---|' * len(ways)}",
+    ]
+    for shape in paper_gemm.SHAPES:
+        for dtype in paper_gemm.DTYPES:
+            found = paper_gemm.rates(rows, shape, dtype)
+            if ours := found[paper_gemm.WAYS[0]]:
+                each = [ours.get(num) for num in (10, 20, 118)]
+                cells = [number(x and x / 1e3, ",.0f") for x in each]
+                means = [paper_gemm.mean_over_every(ours, found[way]) for way in ways]
+                cells += [number(x if x == x else None, ".2f") for x in means]
+                lines.append(f"| {shape} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -154,13 +184,16 @@ def with_table(readme: str, table: str, name: str = "policies") -> str:
 
 def with_tables(readme: str, folder: pathlib.Path) -> str:
     """Return a README with the tables that a folder has the rows of."""
-    files = {"policies": ("policies",), "models": ("models", "mixed")}
-    makers = {"policies": policies_table, "models": models_table}
-    for name, stems in files.items():
+    tables = {
+        "policies": (policies_table, ("policies",)),
+        "models": (models_table, ("models", "mixed")),
+        "gemm": (gemm_table, ("gemm",)),
+    }
+    for name, (make, stems) in tables.items():
         paths = [folder / f"{stem}.json" for stem in stems]
         rows = [row for path in paths if path.exists() for row in records.read(path)]
         if rows:
-            readme = with_table(readme, makers[name](rows), name)
+            readme = with_table(readme, make(rows), name)
     return readme
 
 

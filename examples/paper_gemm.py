@@ -33,7 +33,7 @@ REPLICAS = (1, 2, 4, 8, 10, 16, 20, 32, 40, 64, 96, 118)
 FEW = (1, 2, 10, 20, 40, 118)  # but for the paper's own shape and dtype
 IN_PROCESSES = (1, 2, 4, 10, 20, 40, 118)  # of the paper's own shape
 FEW_IN_PROCESSES = (1, 2, 10, 40)
-SAWTOOTH = range(4, 119, 6)
+SAWTOOTH = (24, 48, 56, 72, 80, 104)  # between those above
 STEPS = 512  # of a launch
 IN_PROCESSES_S = 3  # longer than in one: launches take turns, and end in bursts
 WAYS = ("space-time", "in turn", "time", "space")
@@ -217,17 +217,15 @@ def sawtooth(part: Part, repeat: int) -> None:
         )
 
 
-def rates(part: Part, shape: str, dtype: str) -> dict[str, dict[int, float]]:
+def rates(
+    rows: Sequence[Mapping[str, Any]], shape: str, dtype: str, scale: str = "full"
+) -> dict[str, dict[int, float]]:
     """Return products per second by way and R."""
     found: dict[str, dict[int, float]] = {way: {} for way in WAYS}
-    for row in part.records.here():
+    of = {"part": "gemm", "shape": shape, "dtype": dtype, "scale": scale}
+    for row in rows:
         key = row["key"]
-        if (key["part"], key.get("shape"), key.get("dtype"), key["scale"]) == (
-            "gemm",
-            shape,
-            dtype,
-            part.scale,
-        ):
+        if all(key.get(name) == value for name, value in of.items()):
             found[key["way"]][key["R"]] = row["values"]["per_s"]
     alone = found["in turn"].get(1)
     if alone is not None:  # one after the other, in a loop: the same rate at any R
@@ -274,7 +272,7 @@ def break_even(ours: Mapping[int, float], theirs: Mapping[int, float]) -> int | 
 
 def print_table(part: Part, shape: str, dtype: str) -> None:
     """Print products per second, and space-time's ratios."""
-    found = rates(part, shape, dtype)
+    found = rates(part.records.here(), shape, dtype, part.scale)
     ours = found["space-time"]
     if not ours:
         return

@@ -8,8 +8,9 @@
     torch streams  a CUDA graph per model, each on a stream of its own
     torch vmap     torch.func under torch.vmap, compiled
 
-Latency is of a launch with nothing else in flight in its process; throughput is with
-`IN_FLIGHT` launches, of processes with the best of `IN_FLIGHT_OF_PROCESS`.
+Latency is of a launch with nothing else in flight in its process; throughput is the
+best of three windows, with `IN_FLIGHT` launches, of processes with each number of
+`IN_FLIGHT_OF_PROCESS`: what a host that others use loses is nobody's figure.
 """
 
 import functools
@@ -33,6 +34,7 @@ MOST = {"minilm": 64, "lstm": 64}  # replicas; 16 of the others
 IN_PROCESS = ("space-time", "in turn", "exclusive", "torch streams", "torch vmap")
 IN_FLIGHT = 4
 IN_FLIGHT_OF_PROCESS = (1, IN_FLIGHT, 8)
+WINDOWS = len(IN_FLIGHT_OF_PROCESS)  # of each way the best of so many counts
 LEAST_MAPPED = 16  # models, of PyTorch's compiled vmap
 RIVALS = ("time", "space", "in turn", "torch streams", "torch vmap")
 _GIB = 2**30
@@ -165,8 +167,8 @@ def timed(part: Part, run: Callable[[], Any], num_requests: int) -> dict[str, An
     jax.block_until_ready(run())
     latency = paper.closed_loop(run, part.seconds, 1)
     with paper.Power() as power:
-        busy = paper.closed_loop(run, part.seconds, IN_FLIGHT)
-    rate = num_requests * paper.per_s(busy, part.seconds)
+        busy = [paper.closed_loop(run, part.seconds, IN_FLIGHT) for _ in range(WINDOWS)]
+    rate = num_requests * max(paper.per_s(each, part.seconds) for each in busy)
     return summary(rate, paper.latencies_s(latency), power.watts)
 
 

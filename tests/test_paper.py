@@ -289,7 +289,7 @@ def test_walls_and_spread_are_ratios():
 def test_the_readme_has_the_tables_that_the_rows_make():
     readme = (ROOT / "README.md").read_text()
     assert figures.with_tables(readme, ROOT / "examples" / "results") == readme
-    for name in ("policies", "models"):
+    for name in ("policies", "models", "gemm"):
         assert readme.count(figures.BEGIN.format(name)) == 1
 
 
