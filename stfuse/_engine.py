@@ -39,7 +39,7 @@ from stfuse._metrics import Snapshot
 from stfuse._scheduler import Scheduler
 from stfuse._server import CLOSED, DROPPED, Server
 from stfuse._swap import prepared, writing
-from stfuse._turns import REFUSED_S
+from stfuse._turns import REFUSALS
 from stfuse._types import Clock, Device, Drain, Join, Leave
 
 
@@ -243,7 +243,8 @@ class Engine:
             RequestError: no such job, or malformed inputs.
             QueueFullError: a queue has no room; ``retry_after_s`` says when it may.
             DeadlineError: the deadline has passed, or what waits before takes longer.
-                Both come 0.1 ms late, so that who asks again at once is no burden.
+                A thread that is refused again and again rests 0.1 ms for each, some
+                eight at a time: it is no burden then.
             ClosedError: the engine is closed, or the job is being removed.
             DeviceError: the device is lost, or the job in quarantine since its
                 requests failed alone three times in a row.
@@ -257,7 +258,8 @@ class Engine:
         try:
             return self._server.submit(tenant, checked, until_s)
         except (QueueFullError, DeadlineError):
-            time.sleep(REFUSED_S)
+            if rest_s := REFUSALS.rest_s(time.perf_counter()):
+                time.sleep(rest_s)
             raise
 
     def infer(self, name: str, inputs: Any, *, timeout_s: float | None = None) -> Any:

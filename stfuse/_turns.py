@@ -21,9 +21,10 @@ LONG_S = 2e-3
 _LOOK = 16  # launches; somebody uses turns up if half of them waited for so much of one
 _USED_UP = 0.75
 _SHORT_FOR_S = (1.0, 64.0)  # then turns are short for so long: at first, and at most
-# Who is refused rests so long before it hears of it: a thread that asked again at once
-# would take the interpreter from those who serve the others.
-REFUSED_S = 1e-4
+# Who is refused rests so long: a thread that asked again at once would take the
+# interpreter from those who serve the others. So many times at once: to fall asleep,
+# and to get the interpreter back, costs more than to be refused.
+_REFUSED_S, _REFUSALS = 1e-4, 8
 _RUN_S = 2e-4  # of a thread that gives way, between two rests
 _REST, _LONG_REST = 12.0, 50.0  # times as long as it ran
 _EVENTS = 128  # calls and returns of functions, between two looks at the clock
@@ -146,6 +147,27 @@ class OwnTurns:
     def _choose(self, seconds: float) -> None:
         before, self.seconds = self.seconds, seconds
         self._turns.ask(seconds, before)
+
+
+class Refusals(threading.local):
+    """How long a thread that is refused has to rest; each knows its own refusals."""
+
+    def __init__(self) -> None:
+        """Owe no rest."""
+        self._until_s = -math.inf
+
+    def rest_s(self, now_s: float) -> float:
+        """Return how long to rest for this refusal and those before; 0 for later.
+
+        Args:
+            now_s: the time, seconds of any clock.
+        """
+        self._until_s = max(self._until_s, now_s) + _REFUSED_S
+        left_s = self._until_s - now_s
+        return left_s if left_s > (_REFUSALS - 0.5) * _REFUSED_S else 0.0
+
+
+REFUSALS = Refusals()
 
 
 class _Starts:

@@ -9,9 +9,9 @@ import types
 import numpy as np
 import pytest
 
-from stfuse import Engine, _turns
+from stfuse import Engine, QueueFullError, _turns
 from stfuse._options import turns_of
-from stfuse._turns import LONG_S, QUICK_S, OwnTurns, Turns, giving_way
+from stfuse._turns import LONG_S, QUICK_S, OwnTurns, Refusals, Turns, giving_way
 from stfuse.testing import FakeDevice, affine_job
 from tests.serving import serve, wait_for
 
@@ -348,3 +348,42 @@ def test_a_lane_is_built_politely_while_others_are_served():
             ended.set()
             thread.join()
         assert any(seen)
+
+
+def test_who_is_refused_again_and_again_rests_for_each_and_others_do_not():
+    refusals, now, rested_s, rests = Refusals(), 5.0, 0.0, 0
+    for _ in range(9000):
+        now += 1e-5  # as long as it takes to ask again
+        rest_s = refusals.rest_s(now)
+        now, rested_s, rests = now + rest_s, rested_s + rest_s, rests + (rest_s > 0)
+    assert now - 5.0 == pytest.approx(9000 * 1e-4, rel=0.02)
+    assert rests < 9000 / 7
+    assert not any(refusals.rest_s(now + 2 * i * 1e-4) for i in range(1, 100))
+    other: list[float] = []
+    for _ in range(20):
+        refusals.rest_s(now)
+    thread = threading.Thread(target=lambda: other.append(refusals.rest_s(now)))
+    thread.start()
+    thread.join()
+    assert other == [0.0] and refusals.rest_s(now) > 0
+
+
+def test_a_thread_that_asks_a_full_queue_again_and_again_rests_most_of_the_time():
+    device = FakeDevice()
+    with serve(affine_job("a"), device=device, max_queue_size=1) as engine:
+        device.hold()
+        try:
+            x = np.ones((1, 3), np.float32)
+            kept = [engine.submit("a", x)]
+            wait_for(lambda: device.num_launches > 0)
+            start_s, num = time.perf_counter(), 0
+            while num < 400:
+                try:
+                    kept.append(engine.submit("a", x))
+                except QueueFullError:
+                    num += 1
+            assert time.perf_counter() - start_s > 0.9 * 400 * 1e-4
+        finally:
+            device.release()
+        for future in kept:
+            future.result(10)
