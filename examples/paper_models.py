@@ -229,7 +229,8 @@ def sets_of(part: Part) -> list[tuple[str, int]]:
 def ways_of(num: int) -> tuple[str, ...]:
     """Return the ways in one process to run so many equal models.
 
-    One model is alone whoever calls it, and PyTorch compiles a mapped one for minutes.
+    One model is alone whoever calls it; PyTorch compiles few mapped ones for as long
+    as many.
     """
     left_out = {"exclusive"} if num == 1 else set()
     left_out |= {"torch vmap"} if num < LEAST_MAPPED else set()
