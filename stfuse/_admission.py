@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
 
@@ -195,8 +196,8 @@ class Admission:
         has = *own, queues.rows, queues.num_bytes
         needs = map(operator.add, has, (1, rows, num_bytes, rows, num_bytes))
         which = [*map(operator.le, needs, self._most)].index(False)
-        num, _ = queues.num_beside(tenant, 0.0)
-        after_s = self._room_after_s(event.now_s, num + 1, lane)
+        num = queues.lines.num_beside(tenant) + 1
+        after_s = self._room_after_s(event.now_s, num, lane)
         wait = f" in {after_s:.3g} s" if after_s else ""
         return QueueFullError(
             f"{_CALL}: job '{event.tenant}' has {has[which]} {_WHAT[which]} is "
@@ -224,47 +225,30 @@ class Admission:
     ) -> float:
         """Return for how long a request will at least wait.
 
-        Others count with one slot each, whatever they have waiting: that is what a step
-        gives them before this tenant has its own. Only those of its lane do, and none
-        where shares are strict: who has no claim comes later, whatever its deadline.
+        What waits by now counts as served. Only others of its lane do, with what they
+        have waiting, and none where shares are strict: who has no claim comes later,
+        whatever its deadline.
         """
         pace, now_s, deadline_s = self.pace, event.now_s, event.deadline_s or 0.0
-        busy_s = pace.busy_s(now_s)
+        busy_s, lines = pace.busy_s(now_s), queues.lines
+        own, rows = _own_before(tenant, deadline_s)
         if self._policy is Policy.TIME:
-            num_others, _ = queues.num_beside(tenant, deadline_s)
-            own = _own_before(tenant, deadline_s)
-            return busy_s + own[0] * (num_others + 1) * pace.least_s
+            turns = _turns_before(own, lines.sizes_beside(tenant)) if own else 0
+            return busy_s + turns * pace.least_s
         if self._policy is Policy.EXCLUSIVE:
-            own, before = self._before(tenant, deadline_s, queues)
-            turns = own // lane.rows if lane is not None and lane.rows else 0
-            return busy_s + (turns + before) * pace.least_s
+            turns = rows // lane.rows if lane is not None and lane.rows else 0
+            turns += lines.num_before(tenant, deadline_s)
+            return busy_s + turns * pace.least_s
         if lane is None or not lane.step_s:  # what its steps take is not known
             return busy_s
+        slots = rows // lane.rows
         if shares is None:
-            own, before = self._before(tenant, deadline_s, queues)
-            turns = before // lane.slots
-        elif not tenant.queue:  # most often: nothing of its own is in the way
+            spare_s = deadline_s - now_s - busy_s
+            return busy_s + _steps_s(slots, deadline_s, spare_s, tenant, queues, lane)
+        if not slots:  # most often: nothing of its own is in the way
             return busy_s
-        else:
-            (_, own), turns = _own_before(tenant, deadline_s), 0
-        spare = 1
-        if own and not lane.is_dense:
-            num_others, _ = queues.num_beside(tenant, deadline_s)
-            spare = max(lane.slots - num_others, 1)
-        wait_s = (turns + own // (lane.rows * spare)) * lane.step_s
-        if shares is not None:
-            slots = own // lane.rows
-            steps = shares.steps_until(tenant.name, slots, lane.full_slots, now_s)
-            wait_s = max(wait_s, steps * pace.gap_s)
-        return busy_s + wait_s
-
-    def _before(
-        self, tenant: Tenant, deadline_s: float, queues: Queues
-    ) -> tuple[int, int]:
-        """Return a tenant's own rows before a deadline, and how many others'."""
-        _, before = queues.num_beside(tenant, deadline_s)
-        num, rows = _own_before(tenant, deadline_s)
-        return rows, max(before - bool(num), 0)
+        steps = shares.steps_until(tenant.name, slots, lane, now_s)
+        return busy_s + max(_own_s(slots, tenant.species, lane), steps * pace.gap_s)
 
 
 def _own_before(tenant: Tenant, deadline_s: float) -> tuple[int, int]:
@@ -273,3 +257,110 @@ def _own_before(tenant: Tenant, deadline_s: float) -> tuple[int, int]:
         return len(tenant.queue), tenant.rows
     rows = [entry.rows for entry in tenant.queue if entry.deadline_s <= deadline_s]
     return len(rows), sum(rows)
+
+
+def _turns_before(own: int, sizes: Mapping[int, int]) -> int:
+    """Return how many requests come before one if each tenant has one in turn.
+
+    Args:
+        own: requests of its tenant before it.
+        sizes: how many others have so many waiting, by that.
+    """
+    return own + sum([min(size, own) * num for size, num in sizes.items()])
+
+
+def _own_s(own: int, species: tuple[int, ...], lane: LaneBuckets) -> float:
+    """Return how long steps take at least that serve so many slots of a tenant."""
+    most, most_s = _most_own(species, lane)
+    return own // most * min(most_s, lane.step_s)
+
+
+def _most_own(species: tuple[int, ...], lane: LaneBuckets) -> tuple[int, float]:
+    """Return the most slots of a step for one tenant, and what they take at least.
+
+    Whoever else waits. Where a bank runs as a whole, it has its own slot only.
+    """
+    if found := lane.own.get(species):
+        return found
+    most, slot_s = 1, math.inf
+    for bucket, times in lane.ready.items():
+        pairs = [(bucket.slots[each], lane.capacities[each]) for each in species]
+        num = sum(
+            [1 if k == all_of and not bucket.is_open else k for k, all_of in pairs]
+        )
+        if num:
+            part = bucket.rows / lane.rows  # of a slot
+            most, slot_s = max(most, num), min(slot_s, times.step_s / (num * part))
+    lane.own[species] = found = most, most * slot_s
+    return found
+
+
+def _steps_s(
+    own: int,
+    deadline_s: float,
+    spare_s: float,
+    tenant: Tenant,
+    queues: Queues,
+    lane: LaneBuckets,
+) -> float:
+    """Return how long the steps of a lane at least take that come before a request's.
+
+    Args:
+        own: slots of its tenant before it.
+        deadline_s: its own.
+        spare_s: from what is running now until then.
+        tenant: whose it is.
+        queues: what waits.
+        lane: whose steps serve it.
+    """
+    step_s, lines = lane.step_s, queues.lines
+    before = lines.num_before(tenant, deadline_s)
+    if len(lane.capacities) > 1:  # others' slots may be none that it could have
+        before_s = (before // lane.slots - 1) * step_s
+        return max(_own_s(own, tenant.species, lane), before_s)
+    before_s, most = (own + before) // lane.slots * step_s, max(lane.open_slots, 1)
+    gets = max(most - lines.num_beside(tenant), 1)
+    if own < gets:  # most often
+        return before_s
+    if not queues.is_even:  # others may be due no slot for long
+        return max(before_s, _own_s(own, tenant.species, lane))
+    if most < lane.slots:  # steps in which it has more than others are shorter
+        step_s = min(step_s, _most_own(tenant.species, lane)[1])
+    if own // gets * step_s <= spare_s:  # in time, however long others stay
+        return max(before_s, own // most * step_s)
+    sizes = lines.sizes_beside(tenant)
+    return max(before_s, _steps_until(own, sizes, lane, spare_s / step_s) * step_s)
+
+
+def _steps_until(
+    own: int, sizes: Mapping[int, int], lane: LaneBuckets, enough: float
+) -> int:
+    """Return after how many steps at least a tenant had so many slots.
+
+    While others are as many as the slots of which it may have several, it has one of a
+    step at most, and so have they. Then they have one of each step for as long as they
+    have anything waiting. Who has more of one is done sooner: no more are there in all.
+
+    Args:
+        own: slots that it is to have.
+        sizes: how many others have so many rows waiting, by that.
+        lane: whose steps they wait for.
+        enough: steps; how many more than these does not matter.
+    """
+    most, slots, rows = max(lane.open_slots, 1), lane.slots, lane.rows
+    num_others, work, got, steps = sum(sizes.values()), 0, 0, 0
+    for size, num in sorted(sizes.items()):
+        until, crowd = -(-size // rows), num_others - most + 1
+        if crowd > 0:  # so many have to be done first
+            work += until * (num if num < crowd else crowd)
+            if work > until * slots:
+                until = -(-work // slots)
+        if until > steps:
+            gets = (until - steps) * (1 if crowd > 0 else 1 - crowd)
+            if got + gets > own:
+                break
+            got, steps = got + gets, until
+            if steps > enough:
+                return steps
+        num_others -= num
+    return steps + (own - got) // max(most - num_others, 1)

@@ -42,12 +42,12 @@ class LaneBuckets:
         ready: predicted times by bucket, fewest rows first.
         slots: most slots of a step.
         rows: most rows of a slot.
-        is_dense: whether a tenant has one slot at most in the largest step.
         open_slots: most slots of a step in which it may have several; 0 for none.
         sizes: slots of each bucket, in the order of ``ready``.
         most: slots of each species in the bucket that has most of it.
         step_s: average seconds of the last steps; 0 before the first.
         full_slots: average slots of a full step that take as long as a step lately.
+        own: by species, what is known of a tenant's own slots; empty after a change.
     """
 
     capacities: tuple[int, ...]
@@ -55,17 +55,18 @@ class LaneBuckets:
     ready: dict[Bucket, Times] = field(default_factory=dict)
     slots: int = 0
     rows: int = 0
-    is_dense: bool = True
     open_slots: int = 0
     sizes: dict[Bucket, int] = field(default_factory=dict)
     most: list[int] = field(default_factory=list)
     step_s: float = 0.0
     full_slots: float = 0.0
+    own: dict[tuple[int, ...], tuple[int, float]] = field(default_factory=dict)
     _least_s: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def predict(self, bucket: Bucket, times: Times) -> bool:
         """Take note of what a step takes; return whether its bucket is new."""
         self._least_s.clear()
+        self.own.clear()
         is_new = bucket not in self.ready
         self.ready[bucket] = times
         if is_new:
@@ -79,9 +80,7 @@ class LaneBuckets:
         self.most = [
             *map(max, zip(*[bucket.slots for bucket in self.ready], strict=True))
         ]
-        largest = max(self.ready, key=lambda each: (self.sizes[each], each.is_open))
-        self.slots = self.sizes[largest]
-        self.is_dense = self._is_dense(largest)
+        self.slots = max(self.sizes.values())
         self.open_slots = max(
             [self.sizes[each] for each in self.ready if not self._is_dense(each)],
             default=0,

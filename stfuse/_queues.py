@@ -42,8 +42,8 @@ class Queues:
         """Start with nobody waiting."""
         self._on_empty = on_empty
         self._is_round_robin = policy is Policy.TIME
-        self._has_lanes = policy is Policy.SPACE_TIME  # else each tenant is its own
         self.waiting: dict[str, Tenant] = {}
+        self.lines = Lines(policy)  # of those who are not parked
         self._since: dict[str, Tenant] = {}  # not parked, longest passed over first
         self._weight, self._weights = 0.0, list[float]()  # of all of them; sorted
         self.rows = self.num_bytes = 0
@@ -51,7 +51,6 @@ class Queues:
         self._urgent: list[Any] = []
         self._patient: list[Any] = []
         self._expiring: list[Any] = []
-        self._lines = Lines()
         self._parked: dict[str | None, dict[str, Tenant]] = {}
         self._num_parked = 0  # requests
         self._num_stamps = 0
@@ -77,14 +76,10 @@ class Queues:
         """Return how many tenants wait and are not parked."""
         return len(self._since)
 
-    def num_beside(self, tenant: Tenant, deadline_s: float) -> tuple[int, int]:
-        """Return how many others wait for steps that serve a tenant, none parked.
-
-        Returns:
-            Their number, and how many tenants, itself too, have no later a deadline.
-        """
-        num, before = self._lines.count(self._of(tenant), deadline_s)
-        return num - (tenant.name in self._since), before
+    @property
+    def is_even(self) -> bool:
+        """Whether all who wait weigh the same, none parked."""
+        return not self._weights or self._weights[0] == self._weights[-1]
 
     def are_left(self, mates: Sequence[Tenant], claims: Mapping[str, int]) -> bool:
         """Return whether anybody waits who may be served, now that a step is taken.
@@ -96,18 +91,17 @@ class Queues:
         if not claims or any([t.queue and claims[t.name] for t in mates]):
             return len(self._since) > 0
         num = sum([1 for tenant in mates if tenant.queue])
-        if self._has_lanes:  # those further down have no claim either, most likely
-            num, _ = self._lines.count(mates[0].lane, 0.0)
+        if self.lines.has_lanes:  # those further down have no claim either, most likely
+            num = self.lines.num(mates[0])
         return len(self._since) > num
 
     def move(self, tenant: Tenant, lane: str | None) -> None:
         """Have a tenant wait for another lane's steps."""
-        is_waiting, head_s = tenant.name in self._since, self._head_s(tenant)
-        if is_waiting:
-            self._lines.leave(self._of(tenant), head_s)
+        if is_waiting := tenant.size > 0:
+            self.lines.leave(tenant)
         tenant.lane = lane
         if is_waiting:
-            self._lines.enter(self._of(tenant), head_s)
+            self.lines.enter(tenant)
 
     def add(self, tenant: Tenant, event: Submit) -> None:
         """Queue a request."""
@@ -116,29 +110,34 @@ class Queues:
             deadline_s = math.inf
         entry = Entry(deadline_s, request, rows, now_s, length, num_bytes)
         self._owner[request] = tenant
-        queue, before = tenant.queue, self._head_s(tenant)
+        queue, before = tenant.queue, tenant.head_s
         self._count(tenant, rows, num_bytes)
         if queue and queue[-1] < entry:
             queue.append(entry)
+            self.lines.resize(tenant)
             return
         if not queue:
             if tenant.service_s <= self._virtual_s:
                 tenant.service_s = tenant.began_s = self._virtual_s
             tenant.level_s, tenant.since = self._virtual_s, self.num_steps
             self.waiting[tenant.name] = tenant
-            if not tenant.is_parked:
-                self._await(tenant)
         bisect.insort(queue, entry)
-        if queue[0] is entry:
-            self._moved(tenant, before)
-            if tenant.is_parked:
-                self._unpark(tenant)
-            else:
-                self.place(tenant)
+        if queue[0] is not entry:
+            self.lines.resize(tenant)
+            return
+        self._moved(tenant, before)
+        if tenant.is_parked:
+            self._unpark(tenant)
+            return
+        if len(queue) == 1:
+            self._await(tenant)
+        else:
+            self.lines.resize(tenant)
+        self.place(tenant)
 
     def drop(self, tenant: Tenant, requests: Sequence[int]) -> None:
         """Take requests off a queue."""
-        queue, before, head = tenant.queue, self._head_s(tenant), tenant.queue[0]
+        queue, before, head = tenant.queue, tenant.head_s, tenant.queue[0]
         first = queue[: len(requests)]
         if len(first) == 1 and first[0].request == requests[0]:
             del queue[0]
@@ -153,6 +152,7 @@ class Queues:
             self._count(tenant, -entry.rows, -entry.num_bytes)
         self._moved(tenant, before)
         if tenant.queue:
+            self.lines.resize(tenant)
             if tenant.is_parked and tenant.queue[0] is not head:
                 self._unpark(tenant)
             elif tenant.stamp:  # else whoever took it out of its heap places it again
@@ -252,19 +252,15 @@ class Queues:
         self._since[tenant.name] = tenant
         self._weight += tenant.weight
         bisect.insort(self._weights, tenant.weight)
-        self._lines.enter(self._of(tenant), self._head_s(tenant))
+        self.lines.enter(tenant)
 
     def _unawait(self, tenant: Tenant) -> None:
         if self._since.pop(tenant.name, None):
-            self._lines.leave(self._of(tenant), self._head_s(tenant))
+            self.lines.leave(tenant)
             self._weight -= tenant.weight
             del self._weights[bisect.bisect_left(self._weights, tenant.weight)]
             if self._weight < 1e-6 * tenant.weight:  # the others' would be rounding
                 self._weight = math.fsum(each.weight for each in self._since.values())
-
-    def _of(self, tenant: Tenant) -> str | None:
-        """Return whose steps a tenant waits for; None for anybody's, one by one."""
-        return tenant.lane if self._has_lanes else None
 
     def park(self, tenant: Tenant) -> None:
         """Set a tenant aside until its lane has something new for it."""
@@ -346,7 +342,7 @@ class Queues:
 
     def _first_expiring(self) -> Any:
         heap = self._expiring
-        while heap and self._head_s(heap[0][2]) != heap[0][0]:
+        while heap and heap[0][2].head_s != heap[0][0]:
             heapq.heappop(heap)
         return heap[0] if heap else None
 
@@ -366,20 +362,17 @@ class Queues:
         if tenant.is_parked:
             self._num_parked += 1 if rows > 0 else -1
 
-    def _head_s(self, tenant: Tenant) -> float:
-        return tenant.queue[0].deadline_s if tenant.queue else math.inf
-
     def _moved(self, tenant: Tenant, before_s: float) -> None:
         """Take note that a tenant's first deadline may have changed."""
-        after_s = self._head_s(tenant)
+        after_s = tenant.head_s
         if before_s == after_s:
             return
-        if tenant.name in self._since:
-            self._lines.change(self._of(tenant), before_s, after_s)
+        if tenant.size:
+            self.lines.change(tenant, before_s)
         if after_s < math.inf:
             self._num_stamps += 1
             heap = self._expiring
             heapq.heappush(heap, (after_s, self._num_stamps, tenant))
             if len(heap) > 8 * len(self.waiting) + 64:  # many came and went since
-                heap[:] = [e for e in heap if self._head_s(e[2]) == e[0]]
+                heap[:] = [e for e in heap if e[2].head_s == e[0]]
                 heapq.heapify(heap)

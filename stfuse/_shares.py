@@ -165,7 +165,7 @@ class Shares:
         return -math.inf
 
     def steps_until(
-        self, name: str, slots: int, full_slots: float, now_s: float
+        self, name: str, slots: int, lane: LaneBuckets, now_s: float
     ) -> int:
         """Return about how many steps it takes until a tenant had so many slots.
 
@@ -173,8 +173,9 @@ class Shares:
 
         Args:
             name: the tenant's.
-            slots: that it waits for; a burst of them counts for nothing.
-            full_slots: slots of a full step that take as long as a step lately does.
+            slots: that it waits for; a burst of them counts for nothing, nor do those
+                of a step of its own.
+            lane: whose steps serve it.
             now_s: the time.
         """
         account = self._accounts[name]
@@ -183,8 +184,8 @@ class Shares:
         if self._other_s([name], now_s) == -math.inf:
             return 0
         # Not both: what it has beyond its share is charged to it as well.
-        gets = max(account.per_step, account.share * full_slots)
-        return int((slots - account.burst) / gets)
+        gets = max(account.per_step, account.share * lane.full_slots)
+        return int(max(slots - account.burst - _short_slots(lane), 0.0) / gets)
 
     def turn(
         self, tenants: Sequence[Tenant], lane: LaneBuckets, now_s: float
@@ -254,6 +255,13 @@ class Shares:
             each.share = each.weight / whole
             each.burst = max(_BURST * each.share * num, 1.0)
             each.most = _whole(each.burst)
+
+
+def _short_slots(lane: LaneBuckets) -> int:
+    """Return how many slots a step has at most that serves those beyond alone."""
+    most_s = _SHORT * min([times.step_s for times in lane.ready.values()])
+    ready = lane.ready.items()
+    return max([lane.sizes[each] for each, times in ready if times.step_s <= most_s])
 
 
 def _whole(slots: float) -> int:

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from stfuse._types import Policy
+
 
 class Entry(NamedTuple):
     """A queued request; a queue is sorted by these.
@@ -51,6 +53,7 @@ class Tenant:
         turn: the step that served it last.
         is_parked: whether nothing that is ready could serve it.
         stamp: of its newest entry in a heap; 0 if it has none.
+        size: of what it has waiting, as its line counts it; 0 while it is in none.
     """
 
     name: str
@@ -68,6 +71,12 @@ class Tenant:
     turn: int = 0
     is_parked: bool = False
     stamp: int = 0
+    size: int = 0
+
+    @property
+    def head_s(self) -> float:
+        """Deadline of its first request; infinite if that, or itself, is none."""
+        return self.queue[0].deadline_s if self.queue else math.inf
 
 
 @dataclass(slots=True)
@@ -77,49 +86,101 @@ class _Line:
     Attributes:
         num: tenants.
         heads: finite deadlines of their first requests, sorted.
+        sizes: how many tenants have so much waiting, by that.
     """
 
     num: int = 0
     heads: list[float] = field(default_factory=list)
+    sizes: dict[int, int] = field(default_factory=dict)
 
 
 class Lines:
-    """How many tenants wait for each lane, and by which deadlines.
+    """How many tenants wait for each lane, for how much, and by which deadlines.
 
-    A tenant's deadline is that of its first request, infinite for none.
+    A tenant's deadline is that of its first request.
+
+    Args:
+        policy: only ``SPACE_TIME`` has lanes; else all wait in one line. ``TIME``
+            counts requests, the others rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy) -> None:
         """Start with nobody."""
+        self.has_lanes = policy is Policy.SPACE_TIME
+        self._has_one_each = policy is Policy.TIME
         self._lines: dict[str | None, _Line] = {}
 
-    def enter(self, lane: str | None, deadline_s: float) -> None:
+    def enter(self, tenant: Tenant) -> None:
         """Have one more tenant wait."""
-        line = self._lines.setdefault(lane, _Line())
-        line.num += 1
-        if deadline_s < math.inf:
-            bisect.insort(line.heads, deadline_s)
-
-    def leave(self, lane: str | None, deadline_s: float) -> None:
-        """Have one tenant less."""
-        line = self._lines[lane]
-        line.num -= 1
-        if deadline_s < math.inf:
-            del line.heads[bisect.bisect_left(line.heads, deadline_s)]
-        if not line.num:
-            del self._lines[lane]
-
-    def change(self, lane: str | None, before_s: float, after_s: float) -> None:
-        """Take note of a tenant's new deadline."""
-        heads = self._lines[lane].heads
-        if before_s < math.inf:
-            del heads[bisect.bisect_left(heads, before_s)]
-        if after_s < math.inf:
-            bisect.insort(heads, after_s)
-
-    def count(self, lane: str | None, deadline_s: float) -> tuple[int, int]:
-        """Return how many wait, and how many of them for no later a deadline."""
+        lane = tenant.lane if self.has_lanes else None
         line = self._lines.get(lane)
         if line is None:
-            return 0, 0
-        return line.num, bisect.bisect_right(line.heads, deadline_s)
+            line = self._lines[lane] = _Line()
+        line.num += 1
+        tenant.size = size = len(tenant.queue) if self._has_one_each else tenant.rows
+        line.sizes[size] = line.sizes.get(size, 0) + 1
+        if (head_s := tenant.head_s) < math.inf:
+            bisect.insort(line.heads, head_s)
+
+    def leave(self, tenant: Tenant) -> None:
+        """Have one tenant less."""
+        lane = tenant.lane if self.has_lanes else None
+        line, size, tenant.size = self._lines[lane], tenant.size, 0
+        line.num -= 1
+        if not line.num:
+            del self._lines[lane]
+            return
+        _less(line.sizes, size)
+        if (head_s := tenant.head_s) < math.inf:
+            del line.heads[bisect.bisect_left(line.heads, head_s)]
+
+    def change(self, tenant: Tenant, before_s: float) -> None:
+        """Take note that a tenant in a line had another deadline before."""
+        heads = self._lines[tenant.lane if self.has_lanes else None].heads
+        if before_s < math.inf:
+            del heads[bisect.bisect_left(heads, before_s)]
+        if (head_s := tenant.head_s) < math.inf:
+            bisect.insort(heads, head_s)
+
+    def resize(self, tenant: Tenant) -> None:
+        """Take note that a tenant has more or less waiting, if it is in a line."""
+        before = tenant.size
+        if before:
+            sizes = self._lines[tenant.lane if self.has_lanes else None].sizes
+            _less(sizes, before)
+            after = len(tenant.queue) if self._has_one_each else tenant.rows
+            sizes[after] = sizes.get(after, 0) + 1
+            tenant.size = after
+
+    def num(self, tenant: Tenant) -> int:
+        """Return how many wait in a tenant's line, itself too."""
+        line = self._lines.get(tenant.lane if self.has_lanes else None)
+        return line.num if line else 0
+
+    def num_beside(self, tenant: Tenant) -> int:
+        """Return how many others wait in a tenant's line."""
+        return self.num(tenant) - (tenant.size > 0)
+
+    def num_before(self, tenant: Tenant, deadline_s: float) -> int:
+        """Return how many of those have an earlier deadline than a request of it."""
+        line = self._lines.get(tenant.lane if self.has_lanes else None)
+        if line is None:
+            return 0
+        num = bisect.bisect_left(line.heads, deadline_s)
+        return num - (tenant.size > 0 and tenant.head_s < deadline_s)
+
+    def sizes_beside(self, tenant: Tenant) -> dict[int, int]:
+        """Return how many of those wait for so much, by that."""
+        line = self._lines.get(tenant.lane if self.has_lanes else None)
+        sizes = dict(line.sizes) if line else {}
+        if tenant.size:
+            _less(sizes, tenant.size)
+        return sizes
+
+
+def _less(sizes: dict[int, int], size: int) -> None:
+    """Have one tenant less that waits for so much."""
+    if sizes[size] == 1:
+        del sizes[size]
+    else:
+        sizes[size] -= 1

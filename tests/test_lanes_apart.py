@@ -176,7 +176,7 @@ def test_lanes_that_come_and_go_leave_no_count_behind():
         ready = [t for t in queues.waiting.values() if not t.is_parked]
         assert queues.num_tenants == len(ready)
         assert queues.num_ready == sum(len(t.queue) for t in ready)
-        heads = {of: line.heads for of, line in queues._lines._lines.items()}
+        heads = {of: line.heads for of, line in queues.lines._lines.items()}
         assert heads == {
             of: sorted(
                 t.queue[0].deadline_s

@@ -190,19 +190,24 @@ def test_a_clock_that_goes_back_makes_nobody_wait_for_it():
 def test_how_long_a_backlog_takes_is_told_by_what_its_tenant_got_lately():
     shares, all_of = shares_of(a=1.0, b=1.0), lane()
     both = [*map(waiting, "ab")]
-    assert shares.steps_until("a", 100, 10.0, 0.0) == 0  # nobody else is about
+
+    def steps(slots, full_slots=10.0, now_s=0.0):
+        all_of.full_slots = full_slots
+        return shares.steps_until("a", slots, all_of, now_s)
+
+    assert steps(100) == 0  # nobody else is about
     claims = shares.claims(both, all_of, 0.0)
     of_b, of_a = Chunk("b", (), 1, 0, 0), Chunk("a", (), 1, 0, 0)
     shares.spend([of_b, *[of_a] * 9], claims, all_of, ONE, 0.0)
-    assert shares.steps_until("a", 8, 10.0, 0.0) == 0  # a burst
+    assert steps(8 + 4) == 0  # a burst, and a short step of its own
     # Half of what a full step would have in its time, or two slots of each step.
-    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == 14
-    assert shares.steps_until("a", 8 + 70, 2.0, 0.0) == 35
+    assert steps(8 + 4 + 70) == 14
+    assert steps(8 + 4 + 70, 2.0) == 35
     for _ in range(200):  # others leave it nothing
         shares.spend([of_b], {"a": 0, "b": 8}, all_of, ONE, 0.0)
-    assert shares.steps_until("a", 8 + 70, 10.0, 0.0) == 14
-    assert shares.steps_until("a", 8 + 70, 2.0, 0.0) == pytest.approx(70, abs=1)
-    assert shares.steps_until("a", 8 + 70, 10.0, 2.0) == 0  # nobody is about any more
+    assert steps(8 + 4 + 70) == 14
+    assert steps(8 + 4 + 70, 2.0) == pytest.approx(70, abs=1)
+    assert steps(8 + 4 + 70, now_s=2.0) == 0  # nobody is about any more
 
 
 def test_what_a_flood_cannot_have_in_time_is_refused_and_nothing_lost_by_it(seed):
@@ -358,9 +363,9 @@ def test_who_was_about_long_ago_is_not_looked_at():
     for i in range(num):
         shares.join(f"t{i}", 1.0)
         shares.spend([Chunk(f"t{i}", (), 1)], {f"t{i}": 8}, all_of, ONE, 1e-5 * i)
-    assert shares.steps_until("a", 100, 10.0, 0.5) > 0
+    assert shares.steps_until("a", 100, all_of, 0.5) > 0
     shares._recent = Noted(shares._recent)
-    assert shares.steps_until("a", 100, 10.0, 5.0) == 0
+    assert shares.steps_until("a", 100, all_of, 5.0) == 0
     assert shares._recent.looks <= 2
 
 
