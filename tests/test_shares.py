@@ -199,15 +199,23 @@ def test_how_long_a_backlog_takes_is_told_by_what_its_tenant_got_lately():
     claims = shares.claims(both, all_of, 0.0)
     of_b, of_a = Chunk("b", (), 1, 0, 0), Chunk("a", (), 1, 0, 0)
     shares.spend([of_b, *[of_a] * 9], claims, all_of, ONE, 0.0)
-    assert steps(8 + 4) == 0  # a burst, and a short step of its own
+    assert steps(8) == 0  # a burst
     # Half of what a full step would have in its time, or two slots of each step.
-    assert steps(8 + 4 + 70) == 14
-    assert steps(8 + 4 + 70, 2.0) == 35
+    assert steps(8 + 70) == 14
+    assert steps(8 + 70, 2.0) == 35
     for _ in range(200):  # others leave it nothing
         shares.spend([of_b], {"a": 0, "b": 8}, all_of, ONE, 0.0)
-    assert steps(8 + 4 + 70) == 14
-    assert steps(8 + 4 + 70, 2.0) == pytest.approx(70, abs=1)
-    assert steps(8 + 4 + 70, now_s=2.0) == 0  # nobody is about any more
+    assert steps(8 + 70) == 14
+    assert steps(8 + 70, 2.0) == pytest.approx(70, abs=1)
+    assert steps(8 + 70, now_s=2.0) == 0  # nobody is about any more
+
+
+def test_who_was_quiet_so_far_has_a_short_step_of_its_own_besides():
+    shares, all_of = shares_of(a=1.0, b=1.0), lane()
+    all_of.full_slots = 10.0
+    shares.spend([Chunk("b", (), 1, 0, 0)], {"b": 8}, all_of, ONE, 0.0)
+    assert shares.steps_until("a", 8 + 4, all_of, 0.0) == 0
+    assert shares.steps_until("a", 8 + 4 + 70, all_of, 0.0) == 14
 
 
 def test_what_a_flood_cannot_have_in_time_is_refused_and_nothing_lost_by_it(seed):
