@@ -231,17 +231,21 @@ class Admission:
         """
         pace, now_s, deadline_s = self.pace, event.now_s, event.deadline_s or 0.0
         busy_s, lines = pace.busy_s(now_s), queues.lines
-        own, rows = _own_before(tenant, deadline_s)
+        own, rows = _own_before(tenant, deadline_s, now_s)
+        # Of unlike lengths the last one may have room beside earlier ones.
+        slots = rows // lane.rows - len(tenant.species) + 1 if lane and lane.rows else 0
+        slots = max(slots, 0)
         if self._policy is Policy.TIME:
             turns = _turns_before(own, lines.sizes_beside(tenant)) if own else 0
             return busy_s + turns * pace.least_s
         if self._policy is Policy.EXCLUSIVE:
-            turns = rows // lane.rows if lane is not None and lane.rows else 0
-            turns += lines.num_before(tenant, deadline_s)
-            return busy_s + turns * pace.least_s
+            start_s, turn_s = now_s + busy_s, pace.least_s
+            before = lines.num_before(tenant, deadline_s, start_s)
+            if start_s + (slots + before) * turn_s > deadline_s:  # if all of them start
+                before = lines.num_in_time(tenant, deadline_s, start_s, 1, turn_s)
+            return busy_s + (slots + before) * turn_s
         if lane is None or not lane.step_s:  # what its steps take is not known
             return busy_s
-        slots = rows // lane.rows
         if shares is None:
             spare_s = deadline_s - now_s - busy_s
             return busy_s + _steps_s(slots, deadline_s, spare_s, tenant, queues, lane)
@@ -251,11 +255,12 @@ class Admission:
         return busy_s + max(_own_s(slots, tenant.species, lane), steps * pace.gap_s)
 
 
-def _own_before(tenant: Tenant, deadline_s: float) -> tuple[int, int]:
+def _own_before(tenant: Tenant, deadline_s: float, now_s: float) -> tuple[int, int]:
     """Return how many requests and rows of a tenant run before one with a deadline."""
-    if not tenant.queue or tenant.queue[-1].deadline_s <= deadline_s:
-        return len(tenant.queue), tenant.rows
-    rows = [entry.rows for entry in tenant.queue if entry.deadline_s <= deadline_s]
+    queue = tenant.queue
+    if not queue or (now_s < tenant.head_s and queue[-1].deadline_s <= deadline_s):
+        return len(queue), tenant.rows
+    rows = [each.rows for each in queue if now_s < each.deadline_s <= deadline_s]
     return len(rows), sum(rows)
 
 
@@ -313,8 +318,10 @@ def _steps_s(
         queues: what waits.
         lane: whose steps serve it.
     """
-    step_s, lines = lane.step_s, queues.lines
-    before = lines.num_before(tenant, deadline_s)
+    step_s, lines, start_s = lane.step_s, queues.lines, deadline_s - spare_s
+    before = lines.num_before(tenant, deadline_s, start_s)
+    if (own + before) // lane.slots * step_s > spare_s:  # if all of them start
+        before = lines.num_in_time(tenant, deadline_s, start_s, lane.slots, step_s)
     if len(lane.capacities) > 1:  # others' slots may be none that it could have
         before_s = (before // lane.slots - 1) * step_s
         return max(_own_s(own, tenant.species, lane), before_s)

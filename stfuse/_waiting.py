@@ -161,13 +161,48 @@ class Lines:
         """Return how many others wait in a tenant's line."""
         return self.num(tenant) - (tenant.size > 0)
 
-    def num_before(self, tenant: Tenant, deadline_s: float) -> int:
-        """Return how many of those have an earlier deadline than a request of it."""
+    def num_before(self, tenant: Tenant, deadline_s: float, now_s: float) -> int:
+        """Return how many of those have an earlier deadline, and not one that is past.
+
+        Args:
+            tenant: it does not count itself.
+            deadline_s: of a request of it.
+            now_s: nobody starts sooner.
+        """
         line = self._lines.get(tenant.lane if self.has_lanes else None)
         if line is None:
             return 0
         num = bisect.bisect_left(line.heads, deadline_s)
-        return num - (tenant.size > 0 and tenant.head_s < deadline_s)
+        num -= bisect.bisect_right(line.heads, now_s, 0, num)
+        return num - (tenant.size > 0 and now_s < tenant.head_s < deadline_s)
+
+    def num_in_time(
+        self,
+        tenant: Tenant,
+        deadline_s: float,
+        now_s: float,
+        slots: int,
+        step_s: float,
+    ) -> int:
+        """Return how many of those can start in time, if no others come before them.
+
+        Args:
+            tenant: as for `num_before`.
+            deadline_s: likewise.
+            now_s: likewise.
+            slots: that start at once.
+            step_s: until the next ones do.
+        """
+        line = self._lines.get(tenant.lane if self.has_lanes else None)
+        heads = [head_s for head_s in (line.heads if line else ()) if head_s > now_s]
+        if tenant.size and now_s < tenant.head_s < deadline_s:
+            heads.remove(tenant.head_s)
+        num = 0
+        for head_s in heads:
+            if head_s >= deadline_s:
+                break
+            num += now_s + num // slots * step_s <= head_s
+        return num
 
     def sizes_beside(self, tenant: Tenant) -> dict[int, int]:
         """Return how many of those wait for so much, by that."""

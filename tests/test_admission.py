@@ -285,3 +285,49 @@ def test_lines_count_those_who_wait_whatever_happens(seed, policy):
             assert queues.lines.num_beside(tenant) == num
             assert queues.lines.sizes_beside(tenant) == sizes
     assert num_parked > 100
+
+
+def crowd_of(policy, num, steps):
+    """Return many who wait for some steps at most, and one that has nothing waiting."""
+    names = ["me", *(f"o{i}" for i in range(num))]
+    played = Played(names, policy)
+    if policy is Policy.SPACE_TIME:
+        played.install("all", (512,), dict.fromkeys(names, (0,)), of(8))
+    for name in names if policy is Policy.EXCLUSIVE else ():
+        played.install(name, (1,), {name: (0,)}, of(1))
+    played.submit("me")
+    played.step()
+    played.now_s += 10 * STEP_S
+    for name in names[1:]:
+        assert played.submit(name, steps)
+    return played
+
+
+@pytest.mark.parametrize("policy", [Policy.SPACE_TIME, Policy.EXCLUSIVE])
+def test_those_who_cannot_all_be_in_time_are_not_all_waited_for(policy):
+    played = crowd_of(policy, 400, 5.0)
+    assert played.submit("me", 40.0)
+
+
+@pytest.mark.parametrize("policy", [Policy.SPACE_TIME, Policy.EXCLUSIVE])
+def test_what_has_expired_is_not_waited_for(policy, monkeypatch):
+    played = crowd_of(policy, 100, 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Admission, "_wait_s", lambda *_: 0.0)
+        played.submit("me", 0.5, 100)
+    played.now_s += 0.51 * STEP_S
+    assert played.submit("me", 2.0)
+
+
+def test_a_request_that_has_room_beside_an_earlier_one_waits_for_no_other_length():
+    played = Played(["me", "other"], rows=8)
+    played.install("all", (64,), {"me": (0, 0), "other": (0,)}, [((2,), 8)])
+    played.submit("me")
+    played.step()
+    played.now_s += 10 * STEP_S
+    played.submit("other")
+    until_s = played.now_s + 0.9 * STEP_S
+    for i, (rows, length) in enumerate([(4, 0), (8, 1), (4, 0)], 100):
+        event = Submit(i, "me", rows, played.now_s, until_s, length)
+        played.scheduler.handle(event)
+    assert {100, 102} < played.step()
