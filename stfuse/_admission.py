@@ -247,8 +247,8 @@ class Admission:
         if lane is None or not lane.step_s:  # what its steps take is not known
             return busy_s
         if shares is None:
-            spare_s = deadline_s - now_s - busy_s
-            return busy_s + _steps_s(slots, deadline_s, spare_s, tenant, queues, lane)
+            start_s = now_s + busy_s
+            return busy_s + _steps_s(slots, deadline_s, start_s, tenant, queues, lane)
         if not slots:  # most often: nothing of its own is in the way
             return busy_s
         steps = shares.steps_until(tenant.name, slots, lane, now_s)
@@ -303,7 +303,7 @@ def _most_own(species: tuple[int, ...], lane: LaneBuckets) -> tuple[int, float]:
 def _steps_s(
     own: int,
     deadline_s: float,
-    spare_s: float,
+    start_s: float,
     tenant: Tenant,
     queues: Queues,
     lane: LaneBuckets,
@@ -313,12 +313,12 @@ def _steps_s(
     Args:
         own: slots of its tenant before it.
         deadline_s: its own.
-        spare_s: from what is running now until then.
+        start_s: when what is running now has ended.
         tenant: whose it is.
         queues: what waits.
         lane: whose steps serve it.
     """
-    step_s, lines, start_s = lane.step_s, queues.lines, deadline_s - spare_s
+    step_s, lines, spare_s = lane.step_s, queues.lines, deadline_s - start_s
     before = lines.num_before(tenant, deadline_s, start_s)
     if (own + before) // lane.slots * step_s > spare_s:  # if all of them start
         before = lines.num_in_time(tenant, deadline_s, start_s, lane.slots, step_s)
