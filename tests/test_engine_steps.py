@@ -11,6 +11,7 @@ import pytest
 
 import stfuse
 from stfuse import DeadlineError, QueueFullError, _engine, _server
+from stfuse._turns import Refusals
 from stfuse.testing import FakeDevice, ManualClock, affine_job
 from tests.serving import ROW, busy_with, serve, wait_for
 
@@ -153,6 +154,7 @@ def test_refusals_are_counted_by_their_reason():
 
 def test_failure_06_who_is_refused_rests_while_the_others_are_served(monkeypatch):
     device, rests = FakeDevice(), []
+    monkeypatch.setattr(_engine, "REFUSALS", Refusals())
     with serve(*map(affine_job, "ab"), device=device, max_queue_size=1) as engine:
         running = busy_with(engine, device, "a")
         engine.submit("a", ROW)
@@ -165,11 +167,13 @@ def test_failure_06_who_is_refused_rests_while_the_others_are_served(monkeypatch
                 device.release()
             others.result(60)
 
-        monkeypatch.setattr(_engine, "time", SimpleNamespace(sleep=rest))
+        clock = SimpleNamespace(sleep=rest, perf_counter=lambda: sum(rests))
+        monkeypatch.setattr(_engine, "time", clock)
         for deadline_s, error in (None, QueueFullError), (0.0, DeadlineError):
-            with pytest.raises(error):
-                engine.submit("a", ROW, deadline_s=deadline_s)
-        assert rests == [1e-4, 1e-4]
+            for _ in range(8):  # so many rests are one
+                with pytest.raises(error):
+                    engine.submit("a", ROW, deadline_s=deadline_s)
+        assert rests == pytest.approx([8e-4, 8e-4])
         np.testing.assert_array_equal(running.result(60), ROW * 3)
 
 
