@@ -186,6 +186,8 @@ class Lines:
     ) -> int:
         """Return how many of those can start in time, if no others come before them.
 
+        No more are counted than make the request late.
+
         Args:
             tenant: as for `num_before`.
             deadline_s: likewise.
@@ -194,15 +196,17 @@ class Lines:
             step_s: until the next ones do.
         """
         line = self._lines.get(tenant.lane if self.has_lanes else None)
-        heads = [head_s for head_s in (line.heads if line else ()) if head_s > now_s]
-        if tenant.size and now_s < tenant.head_s < deadline_s:
-            heads.remove(tenant.head_s)
-        num = 0
-        for head_s in heads:
-            if head_s >= deadline_s:
-                break
-            num += now_s + num // slots * step_s <= head_s
-        return num
+        heads, num, steps, start_s = line.heads if line else [], 0, 0, now_s
+        at = bisect.bisect_right(heads, now_s)
+        last = bisect.bisect_left(heads, deadline_s)
+        while at < last and start_s <= deadline_s:
+            some = min(slots, last - at)
+            num, at, steps = num + some, at + some, steps + 1
+            start_s = now_s + steps * step_s
+            at = max(at, bisect.bisect_left(heads, start_s))
+        return num - (
+            num > 0 and tenant.size > 0 and now_s < tenant.head_s < deadline_s
+        )
 
     def sizes_beside(self, tenant: Tenant) -> dict[int, int]:
         """Return how many of those wait for so much, by that."""
